@@ -1,0 +1,153 @@
+"""KTConfig: the one owner of every setting, its default and its check, and the only reader of environment variables.
+
+A KTConfig is a transformers quantization config, so it can be handed to ``from_pretrained`` as it is; the ``kt_sft:``
+block of a recipe holds the same fields.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+QUANT_METHOD = "kt_sft"
+
+#: Instruction tiers, lowest first. `KT_SFT_ISA` takes one of these and can only lower what the CPU offers.
+TIERS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
+
+EXPERT_FORMATS = ("auto", "bf16", "int8", "int4", "nf4", "fp8", "mxfp4")
+#: What this version's engine decodes; the rest of EXPERT_FORMATS is refused with a sentence that says so.
+AVAILABLE_FORMATS = ("bf16",)
+
+COMPUTE_TYPES = ("bf16", "int8")
+ACTIVATION_POLICIES = ("retain", "recompute")
+
+
+class ConfigError(ValueError):
+    """A setting is unknown, of the wrong type, or not possible; the message names it and the way out."""
+
+
+@dataclasses.dataclass
+class KTConfig(QuantizationConfigMixin):
+    """Settings of the expert engine; every field is optional.
+
+    Args:
+        expert_format: How the routed experts' weights are stored: "auto" (what the checkpoint holds; bf16 in
+            ``CpuExperts.from_weights``), "bf16", "int8", "int4", "nf4", "fp8" or "mxfp4".
+        group_size: Weights that share a scale along the contraction dimension. None: the format's own default;
+            0: one scale per row.
+        zero_point: Asymmetric int4.
+        compute: What the forward products multiply, "bf16" or "int8".
+        num_threads: Engine threads. None: the CPUs this process may use, divided among the processes of this machine.
+        activation_policy: "retain" keeps the experts' gate and up activations for backward (2·S·I·2 bytes a layer,
+            S routed rows, I expert intermediate size), "recompute" computes them again there.
+        lora_experts: Whether new adapters cover the routed experts.
+
+    Raises:
+        ConfigError: A field is unknown, ill-typed, or asks for something this version does not have.
+    """
+
+    expert_format: str = "auto"
+    group_size: int | None = None
+    zero_point: bool = False
+    compute: str = "bf16"
+    num_threads: int | None = None
+    activation_policy: str = "retain"
+    lora_experts: bool = False
+    quant_method: str = QUANT_METHOD
+
+    def __post_init__(self) -> None:
+        self._check_choice("expert_format", EXPERT_FORMATS)
+        self._check_choice("compute", COMPUTE_TYPES)
+        self._check_choice("activation_policy", ACTIVATION_POLICIES)
+        self._check_flag("zero_point")
+        self._check_flag("lora_experts")
+        self._check_count("group_size", least=0)
+        self._check_count("num_threads", least=1)
+        if self.quant_method != QUANT_METHOD:
+            raise ConfigError(f"kt_sft: quant_method is always {QUANT_METHOD!r}, got {self.quant_method!r}")
+        self._check_available()
+
+    @classmethod
+    def from_dict(cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """Builds a config from a mapping, for example the ``kt_sft:`` block of a recipe.
+
+        Raises:
+            ConfigError: `config_dict` is no mapping, or has a key that is no field.
+        """
+        if not isinstance(config_dict, Mapping):
+            raise ConfigError(
+                f"kt_sft: must be a block of settings (`kt_sft: {{}}` for the defaults), got {config_dict!r}"
+            )
+        known = [field.name for field in dataclasses.fields(cls)]
+        for key in config_dict:
+            if key not in known:
+                settings = ", ".join(name for name in known if name != "quant_method")
+                raise ConfigError(f"kt_sft: unknown setting {key!r}; the settings are {settings}")
+        config = cls(**config_dict)
+        return (config, kwargs) if return_unused_kwargs else config
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as a plain dict, ready for JSON."""
+        return dataclasses.asdict(self)
+
+    @property
+    def stored_format(self) -> str:
+        """The format weights without one of their own are stored in."""
+        return "bf16" if self.expert_format == "auto" else self.expert_format
+
+    def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
+        value = getattr(self, name)
+        if value not in choices:
+            raise ConfigError(f"kt_sft: {name} must be one of {', '.join(choices)}, got {value!r}")
+
+    def _check_flag(self, name: str) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, bool):
+            raise ConfigError(f"kt_sft: {name} must be true or false, got {value!r}")
+
+    def _check_count(self, name: str, least: int) -> None:
+        value = getattr(self, name)
+        if value is None:
+            return
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ConfigError(f"kt_sft: {name} must be a whole number of at least {least}, got {value!r}")
+
+    def _check_available(self) -> None:
+        if self.stored_format not in AVAILABLE_FORMATS:
+            raise ConfigError(
+                f"kt_sft: expert_format {self.expert_format!r} is not available in this version; "
+                f"use one of auto, {', '.join(AVAILABLE_FORMATS)}"
+            )
+        if self.compute != "bf16":
+            raise ConfigError("kt_sft: compute 'int8' needs int8 or int4 experts, not available in this version; use bf16")
+        if self.group_size is not None:
+            raise ConfigError("kt_sft: group_size applies to quantised formats only; leave it out for bf16 experts")
+        if self.zero_point:
+            raise ConfigError("kt_sft: zero_point applies to expert_format int4 only; leave it out for bf16 experts")
+        if self.lora_experts:
+            raise ConfigError(
+                "kt_sft: lora_experts is not available in this version; leave it out to train LoRA on the other layers"
+            )
+
+
+def requested_tier() -> str | None:
+    """The tier that `KT_SFT_ISA` asks for, or None.
+
+    Raises:
+        ConfigError: The variable holds no tier's name.
+    """
+    name = os.environ.get("KT_SFT_ISA")
+    if not name:
+        return None
+    if name not in TIERS:
+        raise ConfigError(f"KT_SFT_ISA={name!r} is no instruction tier; use one of {', '.join(TIERS)}")
+    return name
+
+
+def local_rank_and_size() -> tuple[int, int]:
+    """This process's place among the ones a launcher started on this machine: (rank, number)."""
+    return int(os.environ.get("LOCAL_RANK", "0")), max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
