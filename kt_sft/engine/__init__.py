@@ -1,0 +1,1 @@
+"""The Python face of the native engine: the engine itself, its weight store and its facts."""

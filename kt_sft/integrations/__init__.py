@@ -1,0 +1,1 @@
+"""Every place where kt_sft attaches to a library above it."""

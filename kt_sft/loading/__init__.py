@@ -1,0 +1,1 @@
+"""From a checkpoint to the engine's weight store."""
