@@ -69,9 +69,10 @@ bench: $(INSTALLED)  ## Measure the expert engine on this machine
 
 test: test-cxx test-python  ## Run the C++ and the Python tests
 
-test-cxx: $(INSTALLED)  ## Run the C++ tests
+test-cxx: $(INSTALLED)  ## Build and run the C++ tests; check what each tier's unit exports
 	$(CMAKE) -S . -B $(CXX_BUILD) -G Ninja $(CXX_TESTS)
 	$(CMAKE) --build $(CXX_BUILD) -j $(JOBS)
+	$(BIN)/python scripts/check_tier_symbols.py $(CXX_BUILD)
 	$(CTEST) --test-dir $(CXX_BUILD) --no-tests=error --output-on-failure
 
 test-python: $(DEVELOP)  ## Run the Python tests, without network

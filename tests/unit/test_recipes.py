@@ -234,6 +234,7 @@ def test_lora_targets_are_linear_layers_outside_the_routed_experts(path: Path) -
     tuned = get_peft_model(model, LoraConfig(r=2, target_modules=names))
     wrapped = {name: layer for name, layer in tuned.named_modules() if isinstance(layer, LoraLayer)}
     tuned.unload()
+    del model.peft_config  # left behind by unload(); the model is shared by the tests
 
     assert {name.rpartition(".")[2] for name in wrapped} == set(targets)
     assert {type(layer.base_layer) for layer in wrapped.values()} == {nn.Linear}
