@@ -1,2 +1,209 @@
+// The native module: pointers and sizes in, tickets out. It knows nothing of torch; kt_sft.engine keeps the tensors behind the pointers alive.
+#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
-PYBIND11_MODULE(_native, m) { m.doc() = "kt_sft's engine"; }
+#include <pybind11/stl.h>
+
+#include <memory>
+#include <optional>
+
+#include "moe/engine.h"
+
+namespace py = pybind11;
+
+namespace kt {
+namespace {
+
+template <class T>
+T* Pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// A ticket together with the Python objects whose memory the work uses: they go only after the work is done.
+class HeldTicket {
+ public:
+  HeldTicket(std::shared_ptr<Ticket> ticket, py::object held) : ticket_(std::move(ticket)), held_(std::move(held)) {}
+  ~HeldTicket() {
+    const py::gil_scoped_release release;
+    try {
+      ticket_->Wait();
+    } catch (...) {  // nobody asked for the result
+    }
+  }
+  HeldTicket(const HeldTicket&) = delete;
+  HeldTicket& operator=(const HeldTicket&) = delete;
+
+  void Wait() {
+    const py::gil_scoped_release release;
+    ticket_->Wait();
+  }
+  bool done() const { return ticket_->done(); }
+
+ private:
+  std::shared_ptr<Ticket> ticket_;
+  py::object held_;
+};
+
+DType DTypeFromName(const std::string& name) {
+  if (name == "float32") return DType::kF32;
+  if (name == "bfloat16") return DType::kBf16;
+  if (name == "float16") return DType::kF16;
+  throw std::invalid_argument("dtype must be float32, bfloat16 or float16, got " + name);
+}
+
+Activation ActivationFromName(const std::string& name) {
+  constexpr const char* kNames[kActivationCount] = {"silu", "gelu", "gelu_pytorch_tanh", "relu2", "swiglu_oai"};
+  for (int i = 0; i < kActivationCount; ++i) {
+    if (name == kNames[i]) return static_cast<Activation>(i);
+  }
+  throw std::invalid_argument("activation must be silu, gelu, gelu_pytorch_tanh, relu2 or swiglu_oai, got " + name);
+}
+
+Matrix MatrixFromName(const std::string& name) {
+  constexpr const char* kNames[kMatrixCount] = {"gate", "up", "down"};
+  for (int i = 0; i < kMatrixCount; ++i) {
+    if (name == kNames[i]) return static_cast<Matrix>(i);
+  }
+  throw std::invalid_argument("matrix must be gate, up or down, got " + name);
+}
+
+Tier LimitFrom(const std::optional<std::string>& name) { return name ? TierFromName(*name) : static_cast<Tier>(kTierCount - 1); }
+
+std::vector<std::string> AvailableTiers() {
+  std::vector<std::string> names;
+  for (int i = 0; i < kTierCount; ++i) {
+    const Tier tier = static_cast<Tier>(i);
+    if (KernelsOf(tier) != nullptr && CpuSupports(tier)) names.emplace_back(TierName(tier));
+  }
+  return names;
+}
+
+// BF16 memory of the engine's pool as a NumPy array of its bit patterns; it goes back to the pool with the array.
+py::array_t<uint16_t> TakeBf16(const Engine& engine, int64_t rows, int64_t columns) {
+  struct Lease {
+    std::shared_ptr<BlockPool> pool;
+    Block block;
+  };
+  auto lease = std::make_unique<Lease>(Lease{engine.blocks(), engine.blocks()->Take(static_cast<size_t>(rows * columns) * 2)});
+  auto* const data = reinterpret_cast<uint16_t*>(lease->block.data());
+  const py::capsule owner(lease.release(), [](void* held) {
+    const std::unique_ptr<Lease> returned(static_cast<Lease*>(held));
+    returned->pool->Give(std::move(returned->block));
+  });
+  return py::array_t<uint16_t>({rows, columns}, {columns * 2, int64_t{2}}, data, owner);
+}
+
+LayerCall MakeCall(const ExpertLayer& layer, int64_t tokens, int64_t slots, const std::string& dtype, uintptr_t hidden, uintptr_t experts, uintptr_t weights, uintptr_t retained) {
+  LayerCall call;
+  call.layer = &layer;
+  call.tokens = tokens;
+  call.slots = slots;
+  call.type = DTypeFromName(dtype);
+  call.hidden = Pointer<void>(hidden);
+  call.experts = Pointer<int64_t>(experts);
+  call.weights = Pointer<float>(weights);
+  call.retained = Pointer<Bf16>(retained);
+  return call;
+}
+
+void BindLayer(py::module_& m) {
+  py::class_<ExpertLayer>(m, "ExpertLayer")
+      .def(py::init([](int64_t experts, int64_t hidden, int64_t intermediate, const std::string& activation, bool gated) {
+             return std::make_unique<ExpertLayer>(LayerShape{experts, hidden, intermediate, ActivationFromName(activation), gated, Format::kBf16});
+           }),
+           py::kw_only(), py::arg("experts"), py::arg("hidden"), py::arg("intermediate"), py::arg("activation"), py::arg("gated"))
+      .def_property_readonly("nbytes", &ExpertLayer::bytes)
+      .def(
+          "write",
+          [](ExpertLayer& layer, const std::string& matrix, int64_t expert, uintptr_t base, const std::string& dtype, int64_t row_stride, int64_t column_stride) {
+            const Matrix which = MatrixFromName(matrix);
+            const SourceMatrix source{Pointer<void>(base), DTypeFromName(dtype), row_stride, column_stride};
+            const py::gil_scoped_release release;
+            layer.Write(which, expert, source);
+          },
+          py::arg("matrix"), py::arg("expert"), py::arg("base"), py::arg("dtype"), py::arg("row_stride"), py::arg("column_stride"))
+      .def(
+          "read_file",
+          [](ExpertLayer& layer, const std::string& matrix, int64_t expert, const std::string& path, int64_t offset, const std::string& dtype, int64_t row_stride,
+             int64_t column_stride) {
+            const Matrix which = MatrixFromName(matrix);
+            const SourceMatrix layout{nullptr, DTypeFromName(dtype), row_stride, column_stride};
+            const py::gil_scoped_release release;
+            layer.ReadFile(which, expert, path, offset, layout);
+          },
+          py::arg("matrix"), py::arg("expert"), py::arg("path"), py::arg("offset"), py::arg("dtype"), py::arg("row_stride"), py::arg("column_stride"))
+      .def("written", [](const ExpertLayer& layer, const std::string& matrix, int64_t expert) { return layer.written(MatrixFromName(matrix), expert); })
+      .def("dequantize",
+           [](const ExpertLayer& layer, const std::string& matrix, int64_t expert, uintptr_t values) {
+             const Matrix which = MatrixFromName(matrix);
+             const py::gil_scoped_release release;
+             layer.Dequantize(which, expert, Pointer<float>(values));
+           })
+      .def("set_biases", [](ExpertLayer& layer, const std::vector<float>& gate_up, const std::vector<float>& down) { layer.SetBiases(gate_up, down); });
+}
+
+void BindEngine(py::module_& m) {
+  py::class_<HeldTicket>(m, "Ticket").def("wait", &HeldTicket::Wait).def_property_readonly("done", &HeldTicket::done);
+
+  py::class_<Engine>(m, "Engine")
+      .def(py::init([](int threads, const std::vector<int>& cpus, const std::optional<std::string>& limit) { return std::make_unique<Engine>(threads, cpus, LimitFrom(limit)); }),
+           py::arg("threads"), py::arg("cpus"), py::arg("limit"))
+      .def_property_readonly("threads", &Engine::threads)
+      .def_property_readonly("tier", [](const Engine& engine) { return TierName(engine.kernels().tier); })
+      .def("take_bf16", &TakeBf16, py::arg("rows"), py::arg("columns"))
+      .def(
+          "submit_forward",
+          [](Engine& engine, const ExpertLayer& layer, int64_t tokens, int64_t slots, const std::string& dtype, uintptr_t hidden, uintptr_t experts, uintptr_t weights,
+             uintptr_t retained, uintptr_t output, py::object held) {
+            LayerCall call = MakeCall(layer, tokens, slots, dtype, hidden, experts, weights, retained);
+            call.output = Pointer<void>(output);
+            return std::make_unique<HeldTicket>(engine.SubmitForward(call), std::move(held));
+          },
+          py::kw_only(), py::arg("layer"), py::arg("tokens"), py::arg("slots"), py::arg("dtype"), py::arg("hidden"), py::arg("experts"), py::arg("weights"), py::arg("retained"),
+          py::arg("output"), py::arg("held"))
+      .def(
+          "submit_backward",
+          [](Engine& engine, const ExpertLayer& layer, int64_t tokens, int64_t slots, const std::string& dtype, uintptr_t hidden, uintptr_t experts, uintptr_t weights,
+             uintptr_t retained, uintptr_t output_grad, uintptr_t hidden_grad, uintptr_t weights_grad, py::object held) {
+            LayerCall call = MakeCall(layer, tokens, slots, dtype, hidden, experts, weights, retained);
+            call.output_grad = Pointer<void>(output_grad);
+            call.hidden_grad = Pointer<void>(hidden_grad);
+            call.weights_grad = Pointer<float>(weights_grad);
+            return std::make_unique<HeldTicket>(engine.SubmitBackward(call), std::move(held));
+          },
+          py::kw_only(), py::arg("layer"), py::arg("tokens"), py::arg("slots"), py::arg("dtype"), py::arg("hidden"), py::arg("experts"), py::arg("weights"), py::arg("retained"),
+          py::arg("output_grad"), py::arg("hidden_grad"), py::arg("weights_grad"), py::arg("held"))
+      .def("stats",
+           [](const Engine& engine) {
+             const EngineStats stats = engine.stats();
+             py::dict facts;
+             facts["forward_calls"] = stats.forward_calls;
+             facts["backward_calls"] = stats.backward_calls;
+             facts["forward_tokens"] = stats.forward_tokens;
+             facts["backward_tokens"] = stats.backward_tokens;
+             facts["forward_seconds"] = stats.forward_seconds;
+             facts["backward_seconds"] = stats.backward_seconds;
+             facts["scratch_bytes"] = stats.scratch_bytes;
+             facts["kept_bytes"] = stats.kept_bytes;
+             return facts;
+           })
+      .def("measure_peak", [](Engine& engine) {
+        MachinePeak peak;
+        {
+          const py::gil_scoped_release release;
+          peak = engine.MeasurePeak();
+        }
+        return py::make_tuple(peak.product_flops, peak.read_bandwidth);
+      });
+}
+
+}  // namespace
+}  // namespace kt
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "kt_sft's native engine; use it through kt_sft.engine.";
+  kt::BindLayer(m);
+  kt::BindEngine(m);
+  m.def("available_tiers", &kt::AvailableTiers, "Names of the instruction tiers this CPU and this build have, lowest first.");
+  m.def("cpu_model", &kt::CpuModel, "The CPU's own name.");
+  m.def("formats", [] { return std::vector<std::string>{"bf16"}; }, "Names of the weight formats this build decodes.");
+}

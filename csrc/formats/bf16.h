@@ -1,0 +1,18 @@
+// bf16: one BF16 value per weight, no scales.
+#pragma once
+
+#include "formats/format.h"
+
+namespace kt {
+
+struct Bf16Format {
+  static constexpr const char* kName = "bf16";
+  static constexpr int64_t RowBytes(int64_t columns) { return columns * 2; }
+
+  template <class Ops>
+  static void DecodeRow(const MatrixView& w, int64_t row, int64_t column, int64_t count, typename Ops::Element* out) {
+    Ops::ElementsFromBf16(w.rows + row * w.row_stride + column * 2, count, out);
+  }
+};
+
+}  // namespace kt

@@ -1,0 +1,89 @@
+// The engine: one queue of layer calls, worked off in order by one pool of threads.
+#pragma once
+
+#include <condition_variable>
+#include <deque>
+#include <exception>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include "moe/pass.h"
+
+namespace kt {
+
+// A submitted piece of work. Thread-safe.
+class Ticket {
+ public:
+  // Returns when the work is done; throws what the work threw.
+  void Wait();
+  bool done() const;
+
+ private:
+  friend class Engine;
+  void Finish(std::exception_ptr error);
+
+  mutable std::mutex mutex_;
+  std::condition_variable finished_;
+  bool done_ = false;
+  std::exception_ptr error_;
+};
+
+struct EngineStats {
+  int64_t forward_calls = 0, backward_calls = 0;
+  int64_t forward_tokens = 0, backward_tokens = 0;
+  double forward_seconds = 0, backward_seconds = 0;  // the engine at work, waiting not counted
+  int64_t scratch_bytes = 0, kept_bytes = 0;
+};
+
+struct MachinePeak {
+  double product_flops = 0;    // per second and thread: the tier's multiply-add on registers
+  double read_bandwidth = 0;   // bytes per second of all threads together, from memory
+};
+
+class Engine {
+ public:
+  // Threads pinned to `cpus` (empty: not pinned), with the best tier that is not above `limit`.
+  Engine(int threads, const std::vector<int>& cpus, Tier limit);
+  // Finishes what was submitted.
+  ~Engine();
+  Engine(const Engine&) = delete;
+  Engine& operator=(const Engine&) = delete;
+
+  const TierKernels& kernels() const { return kernels_; }
+  int threads() const { return pool_.threads(); }
+  std::shared_ptr<BlockPool> blocks() const { return blocks_; }
+
+  // Queue a pass. What `call` points to must stay alive until the ticket is done; its indices must lie in [0, E].
+  std::shared_ptr<Ticket> SubmitForward(const LayerCall& call);
+  std::shared_ptr<Ticket> SubmitBackward(const LayerCall& call);
+
+  EngineStats stats() const;
+  // Measured now, in turn with other work; takes some tens of milliseconds.
+  MachinePeak MeasurePeak();
+
+ private:
+  struct Job {
+    std::function<void()> work;
+    std::shared_ptr<Ticket> ticket;
+  };
+
+  std::shared_ptr<Ticket> Submit(std::function<void()> work);
+  void Loop();
+
+  const TierKernels& kernels_;
+  ThreadPool pool_;
+  Pass pass_;
+  std::shared_ptr<BlockPool> blocks_;
+
+  mutable std::mutex mutex_;
+  std::condition_variable wake_;
+  std::deque<Job> jobs_;
+  bool stopping_ = false;
+  EngineStats stats_;
+  std::thread thread_;  // last: starts when everything else stands
+};
+
+}  // namespace kt

@@ -1,0 +1,77 @@
+// One layer's experts: geometry, weights, biases.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "cpu/memory.h"
+#include "formats/format.h"
+#include "tiers/tier.h"
+
+namespace kt {
+
+enum class Matrix { kGate, kUp, kDown };
+constexpr int kMatrixCount = 3;
+
+struct LayerShape {
+  int64_t experts = 0;       // E
+  int64_t hidden = 0;        // H
+  int64_t intermediate = 0;  // I
+  Activation activation = Activation::kSilu;
+  bool gated = true;
+  Format format = Format::kBf16;
+};
+
+// Where a matrix to be stored comes from: element (r, c) is at `base` + (r * row_stride + c * column_stride) elements.
+struct SourceMatrix {
+  const void* base;
+  DType type;
+  int64_t row_stride;
+  int64_t column_stride;
+};
+
+class ExpertLayer {
+ public:
+  // Reserves memory for the weights; throws std::invalid_argument for sizes that make no sense.
+  explicit ExpertLayer(const LayerShape& shape);
+
+  const LayerShape& shape() const { return shape_; }
+  size_t bytes() const { return block_.size(); }
+  int64_t rows(Matrix matrix) const { return matrix == Matrix::kDown ? shape_.hidden : shape_.intermediate; }
+  int64_t columns(Matrix matrix) const { return matrix == Matrix::kDown ? shape_.intermediate : shape_.hidden; }
+
+  MatrixView view(Matrix matrix, int64_t expert) const;
+
+  // Stores one matrix, rounding to the format. Throws std::invalid_argument naming the place where the source is not finite. Thread-safe for different
+  // matrices.
+  void Write(Matrix matrix, int64_t expert, const SourceMatrix& source);
+
+  // The same from a file, from byte `offset` on, without mapping it and with bounded memory. Throws std::runtime_error when it cannot be read or ends early.
+  void ReadFile(Matrix matrix, int64_t expert, const std::string& path, int64_t offset, const SourceMatrix& layout);
+
+  bool written(Matrix matrix, int64_t expert) const { return written_[Index(matrix, expert)].load(std::memory_order_acquire) != 0; }
+
+  // FP32, `values` is [rows, columns].
+  void Dequantize(Matrix matrix, int64_t expert, float* values) const;
+
+  // FP32 biases: gate_up [E, 2I] ([E, I] ungated), down [E, H]; empty for none.
+  void SetBiases(std::vector<float> gate_up, std::vector<float> down);
+  const float* gate_bias(int64_t expert) const;
+  const float* up_bias(int64_t expert) const;
+  const float* down_bias(int64_t expert) const;
+
+ private:
+  size_t Index(Matrix matrix, int64_t expert) const;
+  uint8_t* Rows(Matrix matrix, int64_t expert) const;
+  void MarkWritten(Matrix matrix, int64_t expert) { written_[Index(matrix, expert)].store(1, std::memory_order_release); }
+
+  const LayerShape shape_;
+  Block block_;
+  std::unique_ptr<std::atomic<uint8_t>[]> written_;
+  std::vector<float> gate_up_bias_, down_bias_;
+};
+
+}  // namespace kt

@@ -1,0 +1,106 @@
+// The frame of both passes: chunks of tokens, layout of panels, and the stages that forward and backward share.
+#include <algorithm>
+#include <stdexcept>
+
+#include "moe/pass_internal.h"
+
+namespace kt {
+namespace {
+
+constexpr int64_t kTokensPerTask = 16;
+// The most routed rows that are worked on at once.
+constexpr int64_t kChunkRows = 32768;
+
+}  // namespace
+
+template <class Function>
+void Pass::ForEachChunk(const LayerCall& call, const Function& function) {
+  const int64_t tokens_at_once = std::max<int64_t>(1, kChunkRows / std::max<int64_t>(1, call.slots));
+  int64_t rows_before = 0;
+  for (int64_t token = 0; token < call.tokens; token += tokens_at_once) {
+    const int64_t tokens = std::min(tokens_at_once, call.tokens - token), offset = token * call.slots;
+    const Routing routing = SortByExpert(call.experts + offset, call.weights + offset, tokens, call.slots, call.layer->shape().experts);
+    Chunk chunk{call, call.layer->shape(), routing, token, nullptr};
+    if (call.retained != nullptr) chunk.retained = call.retained + rows_before * chunk.pre_columns();
+    function(chunk);
+    rows_before += routing.rows();
+  }
+}
+
+void Pass::Forward(const LayerCall& call) {
+  ForEachChunk(call, [this](const Chunk& chunk) { ForwardChunk(chunk); });
+}
+
+void Pass::Backward(const LayerCall& call) {
+  ForEachChunk(call, [this](const Chunk& chunk) { BackwardChunk(chunk); });
+}
+
+void Pass::TakeWorkers(size_t bytes) {
+  worker_bytes_ = Arena::Measure(bytes);
+  workers_ = arena_.Take<char>(static_cast<int64_t>(pool_.threads() * worker_bytes_));
+}
+
+Pass::Panels Pass::LayOutPanels(const Routing& routing, int64_t depth) const {
+  Panels panels;
+  panels.depth = Padded(depth);
+  panels.element_bytes = kernels_.element_bytes;
+  for (const RowBlock& block : routing.blocks) {
+    panels.first.push_back(panels.columns);
+    panels.columns += RoundUp(block.rows, width());
+  }
+  return panels;
+}
+
+Pass::Group Pass::GroupOf(const RowBlock& block, int64_t index) const {
+  const int64_t first = index * width(), rows = Smaller(width(), block.rows - first);
+  return {first, static_cast<int>(rows), static_cast<int>(RoundUp(rows, kernels_.lanes))};
+}
+
+void Pass::Product(const char* a, int64_t a_stride, int rows, const char* panel, int panel_width, int64_t depth, const float* bias, float* c) const {
+  if (bias != nullptr) {
+    for (int r = 0; r < rows; ++r) std::fill_n(c + r * panel_width, panel_width, bias[r]);
+  }
+  kernels_.multiply(a, a_stride, rows, panel, panel_width, depth, c, panel_width, bias != nullptr);
+}
+
+void Pass::PackHidden(const Chunk& chunk, const Panels& x) {
+  struct Task {
+    size_t block;
+    int64_t group;
+  };
+  std::vector<Task> tasks;
+  for (size_t b = 0; b < chunk.routing.blocks.size(); ++b) {
+    for (int64_t g = 0; g * width() < chunk.routing.blocks[b].rows; ++g) tasks.push_back({b, g});
+  }
+  constexpr int kWidest = 64;
+  if (width() > kWidest) throw std::logic_error("kt_sft engine: a tier's panels are wider than 64 columns");
+  pool_.Run(static_cast<int64_t>(tasks.size()), [&](int64_t t, int) {
+    const size_t b = tasks[static_cast<size_t>(t)].block;
+    const RowBlock& block = chunk.routing.blocks[b];
+    const Group group = GroupOf(block, tasks[static_cast<size_t>(t)].group);
+    const int64_t* const tokens = chunk.routing.token_of.data() + block.first + group.first;
+    const void* rows[kWidest];
+    for (int i = 0; i < group.rows; ++i) rows[i] = chunk.TokenRow(chunk.call.hidden, tokens[i]);
+    kernels_.pack_panel(rows, chunk.call.type, group.rows, group.width, chunk.shape.hidden, x.At(b, group.first));
+  });
+}
+
+void Pass::CombineRows(const Chunk& chunk, const float* rows, int64_t stride, bool weighted, void* out) {
+  const Routing& routing = chunk.routing;
+  const size_t slots = static_cast<size_t>(routing.slots);
+  pool_.Run(CeilDiv(routing.tokens, kTokensPerTask), [&](int64_t task, int) {
+    std::vector<const float*> terms(slots);
+    std::vector<float> weights(slots, 1.0f);
+    const int64_t end = Smaller(routing.tokens, (task + 1) * kTokensPerTask);
+    for (int64_t token = task * kTokensPerTask; token < end; ++token) {
+      for (size_t j = 0; j < slots; ++j) {
+        const int64_t row = routing.place_of[static_cast<size_t>(token) * slots + j];
+        terms[j] = row < 0 ? nullptr : rows + row * stride;
+        if (weighted && row >= 0) weights[j] = routing.weight_of[static_cast<size_t>(row)];
+      }
+      kernels_.combine(terms.data(), weights.data(), static_cast<int>(slots), chunk.shape.hidden, chunk.TokenRow(out, token), chunk.call.type);
+    }
+  });
+}
+
+}  // namespace kt

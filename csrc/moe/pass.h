@@ -1,0 +1,88 @@
+// The MoE layer's forward and backward, written once: it knows neither weight formats nor instruction sets.
+//
+// Sizes: T tokens, K slots per token, E experts, H hidden, I intermediate, S <= T * K routed rows (sentinel slots have none). All intermediate results
+// are kept in rows sorted by expert. How the work is cut depends on these sizes and the tier alone, never on the number of threads, and every sum is
+// formed in a fixed order: the same tokens give the same bits with any number of threads.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/memory.h"
+#include "cpu/thread_pool.h"
+#include "moe/layer.h"
+#include "moe/routing.h"
+#include "tiers/tier.h"
+
+namespace kt {
+
+struct LayerCall {
+  const ExpertLayer* layer = nullptr;
+  int64_t tokens = 0, slots = 0;
+  DType type = DType::kF32;          // of hidden, output and their gradients
+  const void* hidden = nullptr;      // [T, H]
+  const int64_t* experts = nullptr;  // [T, K]
+  const float* weights = nullptr;    // [T, K]
+
+  // [T * K, 2I] ([T * K, I] ungated) pre-activations, gate first, in sorted rows. Forward fills it if given; backward uses it if given and
+  // else computes it again, to the same bits.
+  Bf16* retained = nullptr;
+
+  void* output = nullptr;  // forward: [T, H]
+
+  const void* output_grad = nullptr;  // backward: [T, H]
+  void* hidden_grad = nullptr;        // backward: [T, H], null if not wanted
+  float* weights_grad = nullptr;      // backward: [T, K], null if not wanted
+};
+
+class Pass {
+ public:
+  Pass(const TierKernels& kernels, ThreadPool& pool) : kernels_(kernels), pool_(pool) {}
+
+  void Forward(const LayerCall& call);
+  void Backward(const LayerCall& call);
+  size_t scratch_bytes() const { return arena_.capacity(); }
+
+ private:
+  struct Chunk;
+  struct Panels;
+  struct Group;
+
+  template <class Function>
+  void ForEachChunk(const LayerCall& call, const Function& function);
+
+  void ForwardChunk(const Chunk& chunk);
+  void BackwardChunk(const Chunk& chunk);
+
+  // Stages, in the order of a pass. Each hands its tasks to the pool.
+  void PackHidden(const Chunk& chunk, const Panels& x);
+  void GateUp(const Chunk& chunk, const Panels& x, const Panels* act);
+  void Down(const Chunk& chunk, const Panels& act, float* out_rows);
+  void CombineRows(const Chunk& chunk, const float* rows, int64_t stride, bool weighted, void* out);
+  void PackOutputGrad(const Chunk& chunk, char* grad, int64_t stride);
+  void DownBackward(const Chunk& chunk, const char* grad, int64_t grad_stride, char* d_pre, float* inner);
+  void GateUpBackward(const Chunk& chunk, const char* d_pre, float* out_rows, int64_t out_stride);
+  void CombineWeightsGrad(const Chunk& chunk, const float* inner);
+
+  Panels LayOutPanels(const Routing& routing, int64_t depth) const;
+  Group GroupOf(const RowBlock& block, int64_t index) const;
+  // C = A * panel, plus a bias per row of C if there is one.
+  void Product(const char* a, int64_t a_stride, int rows, const char* panel, int panel_width, int64_t depth, const float* bias, float* c) const;
+
+  // Every worker has one piece of the arena of its own.
+  size_t MeasureWorkers(size_t bytes) const { return pool_.threads() * Arena::Measure(bytes); }
+  void TakeWorkers(size_t bytes);
+  char* Worker(int worker) const { return workers_ + worker * worker_bytes_; }
+
+  int64_t width() const { return int64_t{kernels_.lanes} * kernels_.tile_vectors; }
+  int64_t Padded(int64_t depth) const { return RoundUp(depth, kernels_.pair); }
+  // Elements from one A row to the next: a cache line more than the row, so that rows a power of two long do not share cache sets.
+  int64_t RowStride(int64_t depth) const { return RoundUp(depth, kernels_.pair) + 64 / kernels_.element_bytes; }
+
+  const TierKernels& kernels_;
+  ThreadPool& pool_;
+  Arena arena_;
+  char* workers_ = nullptr;
+  size_t worker_bytes_ = 0;
+};
+
+}  // namespace kt

@@ -1,0 +1,46 @@
+// Shared by the units that implement Pass.
+#pragma once
+
+#include <vector>
+
+#include "moe/pass.h"
+
+namespace kt {
+
+// Some tokens of a call. Long batches are cut so that scratch stays bounded.
+struct Pass::Chunk {
+  const LayerCall& call;
+  const LayerShape& shape;
+  const Routing& routing;
+  int64_t first_token;
+  Bf16* retained;  // of this chunk's rows, null if there is none
+
+  // Values of one row of pre-activations.
+  int64_t pre_columns() const { return shape.gated ? 2 * shape.intermediate : shape.intermediate; }
+
+  // A token's row of `base`, a [T, H] tensor of the call.
+  char* TokenRow(const void* base, int64_t token) const {
+    return static_cast<char*>(const_cast<void*>(base)) + (first_token + token) * shape.hidden * DTypeBytes(call.type);
+  }
+};
+
+// B panels of routed rows. Each block of rows is cut into groups of the tier's panel width; the group whose first row is r of block b starts at
+// column `first[b] + r` and is as wide as its rows need, in whole vectors.
+struct Pass::Panels {
+  char* data = nullptr;
+  int64_t depth = 0;           // padded
+  int64_t element_bytes = 0;
+  std::vector<int64_t> first;  // per block
+  int64_t columns = 0;         // in all
+
+  int64_t bytes() const { return columns * depth * element_bytes; }
+  char* At(size_t block, int64_t row) const { return data + (first[block] + row) * depth * element_bytes; }
+};
+
+struct Pass::Group {
+  int64_t first;  // row of the block
+  int rows;
+  int width;
+};
+
+}  // namespace kt

@@ -1,0 +1,36 @@
+#include "moe/routing.h"
+
+#include <algorithm>
+
+namespace kt {
+
+Routing SortByExpert(const int64_t* experts, const float* weights, int64_t tokens, int64_t slots, int64_t expert_count) {
+  Routing routing;
+  routing.tokens = tokens;
+  routing.slots = slots;
+  std::vector<int64_t> first(static_cast<size_t>(expert_count) + 2, 0);
+  for (int64_t i = 0; i < tokens * slots; ++i) ++first[static_cast<size_t>(experts[i]) + 1];
+  for (size_t e = 1; e < first.size(); ++e) first[e] += first[e - 1];
+  const int64_t rows = first[static_cast<size_t>(expert_count)];  // the sentinel's come after these
+
+  routing.token_of.resize(static_cast<size_t>(rows));
+  routing.weight_of.resize(static_cast<size_t>(rows));
+  routing.place_of.assign(static_cast<size_t>(tokens * slots), -1);
+  std::vector<int64_t> next(first);
+  for (int64_t i = 0; i < tokens * slots; ++i) {
+    if (experts[i] == expert_count) continue;
+    const int64_t row = next[static_cast<size_t>(experts[i])]++;
+    routing.place_of[static_cast<size_t>(i)] = row;
+    routing.token_of[static_cast<size_t>(row)] = i / slots;
+    routing.weight_of[static_cast<size_t>(row)] = weights[i];
+  }
+  for (int64_t e = 0; e < expert_count; ++e) {
+    const int64_t end = first[static_cast<size_t>(e) + 1];
+    for (int64_t row = first[static_cast<size_t>(e)]; row < end; row += Routing::kBlockRows) {
+      routing.blocks.push_back({e, row, std::min(Routing::kBlockRows, end - row)});
+    }
+  }
+  return routing;
+}
+
+}  // namespace kt

@@ -1,0 +1,81 @@
+// AVX2 with FMA and F16C (Haswell, Zen and later): FP32 products.
+#include <immintrin.h>
+
+#include "tiers/float_elements.h"
+#include "tiers/kernels.inl"
+
+namespace {
+
+struct Avx2Vectors {
+  static constexpr int kLanes = 8;
+  using F = __m256;
+
+  // Makes the compiler compute x here, in a register.
+  static void Keep(F& x) { asm volatile("" : "+x"(x)); }
+  static F Zero() { return _mm256_setzero_ps(); }
+  static F Set(float x) { return _mm256_set1_ps(x); }
+  static F Load(const float* p) { return _mm256_loadu_ps(p); }
+  static void Store(float* p, F x) { _mm256_storeu_ps(p, x); }
+  static F Add(F a, F b) { return _mm256_add_ps(a, b); }
+  static F Sub(F a, F b) { return _mm256_sub_ps(a, b); }
+  static F Mul(F a, F b) { return _mm256_mul_ps(a, b); }
+  static F Div(F a, F b) { return _mm256_div_ps(a, b); }
+  static F Fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+  static F Min(F a, F b) { return _mm256_min_ps(a, b); }
+  static F Max(F a, F b) { return _mm256_max_ps(a, b); }
+  static F Abs(F a) { return _mm256_andnot_ps(Set(-0.0f), a); }
+  static F Round(F a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  // 2^n for whole n in [-126, 128]; 128 gives infinity.
+  static F PowerOfTwo(F n) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23)); }
+  static F SelectNegative(F x, F negative, F otherwise) { return _mm256_blendv_ps(otherwise, negative, _mm256_cmp_ps(x, Zero(), _CMP_LT_OQ)); }
+  static float Sum(F a) {
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+  }
+
+  static F LoadBf16(const kt::Bf16* p) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16));
+  }
+  static F LoadF16(const kt::F16* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+  static void StoreF16(kt::F16* p, F x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)); }
+  // Rounds to nearest even in integer arithmetic; a NaN stays a quiet NaN.
+  static void StoreBf16(kt::Bf16* p, F x) {
+    const __m256i bits = _mm256_castps_si256(x);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+    const __m256i high = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
+    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(high, high), 0x08);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+  }
+
+  static void Transpose(F* v) {
+    F t[8];
+    for (int i = 0; i < 8; i += 4) {
+      const F a = _mm256_unpacklo_ps(v[i], v[i + 1]), b = _mm256_unpackhi_ps(v[i], v[i + 1]);
+      const F c = _mm256_unpacklo_ps(v[i + 2], v[i + 3]), d = _mm256_unpackhi_ps(v[i + 2], v[i + 3]);
+      t[i] = _mm256_shuffle_ps(a, c, 0x44);
+      t[i + 1] = _mm256_shuffle_ps(a, c, 0xee);
+      t[i + 2] = _mm256_shuffle_ps(b, d, 0x44);
+      t[i + 3] = _mm256_shuffle_ps(b, d, 0xee);
+    }
+    for (int i = 0; i < 4; ++i) {
+      v[i] = _mm256_permute2f128_ps(t[i], t[i + 4], 0x20);
+      v[i + 4] = _mm256_permute2f128_ps(t[i], t[i + 4], 0x31);
+    }
+  }
+};
+
+struct Ops : FloatElements<Avx2Vectors> {
+  // 12 accumulators, two panel vectors and a broadcast fill the 16 registers.
+  static constexpr int kTileRows = 6, kTileVectors = 2;
+};
+
+}  // namespace
+
+namespace kt {
+extern const TierKernels kAvx2Kernels;
+constexpr TierKernels kAvx2Kernels = Kernels<Ops>::Table(Tier::kAvx2);
+}  // namespace kt

@@ -1,0 +1,36 @@
+// What the tiers without BF16 dot products share: operands are FP32, one depth value per lane. `V` is the tier's vector operations.
+#pragma once
+
+#include <cstring>
+
+#include "cpu/numeric.h"
+
+namespace {
+
+template <class V>
+struct FloatElements : V {
+  using F = typename V::F;
+  using Element = float;
+  using Panel = F;
+  static constexpr int kPair = 1;
+
+  static Panel LoadPanel(const Element* p) { return V::Load(p); }
+  static Panel Broadcast(const Element* p) { return V::Set(*p); }
+  static F MultiplyAdd(F sum, Panel a, Panel b) { return V::Fma(a, b, sum); }
+
+  static void ElementsFromBf16(const uint8_t* src, int64_t count, Element* out) {
+    int64_t i = 0;
+    for (; i + V::kLanes <= count; i += V::kLanes) V::Store(out + i, V::LoadBf16(reinterpret_cast<const kt::Bf16*>(src + 2 * i)));
+    for (; i < count; ++i) out[i] = kt::LoadAsFloat(src, kt::DType::kBf16, i);
+  }
+  static void StoreElements(F x, Element* out) { V::Store(out, x); }
+
+  static void StoreActivation(Element* out, int width, F even, F odd, bool has_odd) {
+    V::Store(out, even);
+    if (has_odd) V::Store(out + width, odd);
+  }
+
+  static void InterleaveRows(Element* out, const Element* row, const Element*) { V::Store(out, V::Load(row)); }
+};
+
+}  // namespace

@@ -1,0 +1,339 @@
+// The micro-kernels, written once over a tier's vector operations `Ops`. A tier's unit defines `Ops` in an anonymous namespace, so every instantiation
+// here has internal linkage and the linker can merge none of them with another unit's. No std:: function or class is used for the same reason.
+//
+// What `Ops` provides:
+//   Element (Bf16 or float), kPair, kLanes, kTileRows, kTileVectors
+//   F: a vector of kLanes floats; Zero Set Load Store Add Sub Mul Div Fma Min Max Abs Round PowerOfTwo SelectNegative Sum
+//   LoadBf16 LoadF16 StoreBf16 StoreF16: kLanes values in memory from/to F
+//   Panel, LoadPanel, MultiplyAdd(acc, const Element* kPair values, Panel)
+//   ElementsFromBf16(src, count, out); StoreElements(F, out): kLanes elements in a row
+//   StoreActivation(out, width, F even, F odd): two depth steps of a B panel
+//   InterleaveRows(out, row0, row1): kLanes * kPair elements of a panel from kPair weight rows
+//   Transpose(F[kLanes]); Keep(F&)
+#pragma once
+
+#include "cpu/numeric.h"
+#include "formats/bf16.h"
+#include "tiers/activations.inl"
+#include "tiers/tier.h"
+
+namespace kt {
+
+template <class Ops>
+struct Kernels {
+  using Element = typename Ops::Element;
+  using F = typename Ops::F;
+  static constexpr int kLanes = Ops::kLanes, kPair = Ops::kPair, kWidth = Ops::kLanes * Ops::kTileVectors;
+  static constexpr int kChunk = 256;  // columns decoded at a time on the way to a panel; a multiple of every kWidth
+  static_assert(kChunk % kWidth == 0, "chunks must hold whole panels");
+
+  // ---- conversions ----
+
+  static F LoadVector(const char* src, DType type) {
+    switch (type) {
+      case DType::kF32:
+        return Ops::Load(reinterpret_cast<const float*>(src));
+      case DType::kBf16:
+        return Ops::LoadBf16(reinterpret_cast<const Bf16*>(src));
+      case DType::kF16:
+        break;
+    }
+    return Ops::LoadF16(reinterpret_cast<const F16*>(src));
+  }
+
+  static void StoreVector(char* dst, DType type, F value) {
+    switch (type) {
+      case DType::kF32:
+        return Ops::Store(reinterpret_cast<float*>(dst), value);
+      case DType::kBf16:
+        return Ops::StoreBf16(reinterpret_cast<Bf16*>(dst), value);
+      case DType::kF16:
+        break;
+    }
+    Ops::StoreF16(reinterpret_cast<F16*>(dst), value);
+  }
+
+  // The vector at position i of `count` values, the tail filled with zeros.
+  static F LoadTail(const char* src, DType type, int64_t i, int64_t count) {
+    const int64_t size = DTypeBytes(type), left = count - i;
+    if (left >= kLanes) return LoadVector(src + i * size, type);
+    alignas(64) char buffer[kLanes * 4] = {};
+    std::memcpy(buffer, src + i * size, left * size);
+    return LoadVector(buffer, type);
+  }
+
+  static void StoreTail(char* dst, DType type, int64_t i, int64_t count, F value) {
+    const int64_t size = DTypeBytes(type), left = count - i;
+    if (left >= kLanes) return StoreVector(dst + i * size, type, value);
+    alignas(64) char buffer[kLanes * 4];
+    StoreVector(buffer, type, value);
+    std::memcpy(dst + i * size, buffer, left * size);
+  }
+
+  static void ConvertRow(const char* src, DType type, int64_t count, Element* out) {
+    if (type == DType::kBf16) return Ops::ElementsFromBf16(reinterpret_cast<const uint8_t*>(src), count, out);
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) Ops::StoreElements(LoadVector(src + i * DTypeBytes(type), type), out + i);
+    if (i == count) return;
+    alignas(64) Element buffer[kLanes];
+    Ops::StoreElements(LoadTail(src, type, i, count), buffer);
+    std::memcpy(out + i, buffer, (count - i) * sizeof(Element));
+  }
+
+  static void ZeroElements(Element* out, int64_t count) { std::memset(out, 0, count * sizeof(Element)); }
+
+  // ---- operands ----
+
+  static void PackRow(const void* row, DType type, int64_t count, void* a) {
+    Element* out = static_cast<Element*>(a);
+    ConvertRow(static_cast<const char*>(row), type, count, out);
+    ZeroElements(out + count, RoundUp(count, kPair) - count);
+  }
+
+  static void PackPanel(const void* const* rows, DType type, int tokens, int width, int64_t count, void* panel) {
+    struct Unit {  // what one lane takes at a time
+      Element value[kPair];
+    };
+    Unit* out = static_cast<Unit*>(panel);
+    constexpr int kBlock = 64;  // depth values of every token in turn, so that the written part of the panel stays in L1
+    alignas(64) Unit buffer[kBlock / kPair];
+    for (int64_t k = 0; k < count; k += kBlock) {
+      const int64_t depth = Smaller(kBlock, count - k), units = CeilDiv(depth, kPair);
+      Unit* block = out + k / kPair * width;
+      for (int t = 0; t < width; ++t) {
+        if (t < tokens) {
+          buffer[units - 1] = Unit{};
+          ConvertRow(static_cast<const char*>(rows[t]) + k * DTypeBytes(type), type, depth, buffer[0].value);
+        } else {
+          std::memset(buffer, 0, sizeof(buffer));
+        }
+        for (int64_t u = 0; u < units; ++u) block[u * width + t] = buffer[u];
+      }
+    }
+  }
+
+  template <class Format>
+  static void DecodeRows(const MatrixView& w, int64_t row, int rows, int64_t columns, void* a, int64_t a_stride) {
+    Element* out = static_cast<Element*>(a);
+    for (int r = 0; r < rows; ++r, out += a_stride) {
+      Format::template DecodeRow<Ops>(w, row + r, 0, columns, out);
+      ZeroElements(out + columns, RoundUp(columns, kPair) - columns);
+    }
+  }
+
+  template <class Format>
+  static void DecodePanels(const MatrixView& w, int64_t row, int rows, int64_t column, int columns, void* panels, int64_t panel_stride) {
+    alignas(64) Element chunk[kPair][kChunk];
+    for (int first = 0; first < columns; first += kChunk) {
+      const int count = static_cast<int>(Smaller(kChunk, columns - first));
+      const int padded = static_cast<int>(RoundUp(count, kWidth));
+      for (int r = 0; r < rows; r += kPair) {
+        for (int p = 0; p < kPair; ++p) {
+          const int decoded = r + p < rows ? count : 0;
+          if (decoded > 0) Format::template DecodeRow<Ops>(w, row + r + p, column + first, decoded, chunk[p]);
+          ZeroElements(chunk[p] + decoded, padded - decoded);
+        }
+        Element* out = static_cast<Element*>(panels) + first / kWidth * panel_stride + static_cast<int64_t>(r) * kWidth;
+        for (int c = 0; c < padded; c += kWidth, out += panel_stride) {
+          for (int v = 0; v < kWidth; v += kLanes) Ops::InterleaveRows(out + v * kPair, chunk[0] + c + v, chunk[kPair - 1] + c + v);
+        }
+      }
+    }
+  }
+
+  // ---- the product ----
+
+  template <int kRows, int kVectors>
+  static void Tile(const Element* a, int64_t a_stride, const Element* b, int64_t steps, float* c, int64_t c_stride, bool accumulate) {
+    F sum[kRows][kVectors];
+#pragma GCC unroll 16
+    for (int m = 0; m < kRows; ++m) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) sum[m][v] = accumulate ? Ops::Load(c + m * c_stride + v * kLanes) : Ops::Zero();
+    }
+    for (int64_t s = 0; s < steps; ++s) {
+      typename Ops::Panel column[kVectors];
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) column[v] = Ops::LoadPanel(b + (s * kVectors + v) * kLanes * kPair);
+#pragma GCC unroll 16
+      for (int m = 0; m < kRows; ++m) {
+        const typename Ops::Panel value = Ops::Broadcast(a + m * a_stride + s * kPair);
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) sum[m][v] = Ops::MultiplyAdd(sum[m][v], value, column[v]);
+      }
+    }
+#pragma GCC unroll 16
+    for (int m = 0; m < kRows; ++m) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) Ops::Store(c + m * c_stride + v * kLanes, sum[m][v]);
+    }
+  }
+
+  // Full tiles first, then the largest remainder that fits: every row count takes few passes over the panel.
+  template <int kRows, int kVectors>
+  static void Rows(const Element* a, int64_t a_stride, int64_t rows, const Element* b, int64_t steps, float* c, int64_t c_stride, bool accumulate) {
+    for (; rows >= kRows; rows -= kRows, a += kRows * a_stride, c += kRows * c_stride) {
+      Tile<kRows, kVectors>(a, a_stride, b, steps, c, c_stride, accumulate);
+    }
+    if constexpr (kRows > 1) Rows<kRows - 1, kVectors>(a, a_stride, rows, b, steps, c, c_stride, accumulate);
+  }
+
+  template <int kVectors>
+  static void MultiplyWidth(int vectors, const Element* a, int64_t a_stride, int64_t rows, const Element* b, int64_t steps, float* c, int64_t c_stride, bool accumulate) {
+    if (vectors == kVectors) return Rows<Ops::kTileRows, kVectors>(a, a_stride, rows, b, steps, c, c_stride, accumulate);
+    if constexpr (kVectors > 1) MultiplyWidth<kVectors - 1>(vectors, a, a_stride, rows, b, steps, c, c_stride, accumulate);
+  }
+
+  static void Multiply(const void* a, int64_t a_stride, int64_t rows, const void* panel, int width, int64_t depth, float* c, int64_t c_stride, bool accumulate) {
+    MultiplyWidth<Ops::kTileVectors>(width / kLanes, static_cast<const Element*>(a), a_stride, rows, static_cast<const Element*>(panel), CeilDiv(depth, kPair), c, c_stride,
+                                     accumulate);
+  }
+
+  // ---- activations ----
+
+  template <class Act>
+  static void Activate(const float* gate, const float* up, int rows, int width, void* panel) {
+    Element* out = static_cast<Element*>(panel);
+    const float* g = gate != nullptr ? gate : up;
+    for (int r = 0; r < rows; r += 2) {
+      for (int t = 0; t < width; t += kLanes) {
+        const int64_t at = static_cast<int64_t>(r) * width + t;
+        const F even = Act::Forward(Ops::Load(g + at), Ops::Load(up + at));
+        const F odd = r + 1 < rows ? Act::Forward(Ops::Load(g + at + width), Ops::Load(up + at + width)) : Ops::Zero();
+        // Without pairs an odd last row has no partner in the panel, and nothing is stored for it.
+        Ops::StoreActivation(out + static_cast<int64_t>(r) * width + t * kPair, width, even, odd, r + 1 < rows);
+      }
+    }
+  }
+
+  template <class Act>
+  static float ActivateBackward(const Bf16* gate, const Bf16* up, const float* u, float weight, int64_t count, void* d_gate, void* d_up) {
+    const char* g_src = reinterpret_cast<const char*>(gate != nullptr ? gate : up);
+    const char* u_src = reinterpret_cast<const char*>(up);
+    Element* g_out = static_cast<Element*>(d_gate);
+    Element* u_out = static_cast<Element*>(d_up);
+    const F scale = Ops::Set(weight);
+    F inner = Ops::Zero();
+    for (int64_t i = 0; i < count; i += kLanes) {
+      const F d_act = LoadTail(reinterpret_cast<const char*>(u), DType::kF32, i, count);
+      F dg, du;
+      const F act = Act::Backward(LoadTail(g_src, DType::kBf16, i, count), LoadTail(u_src, DType::kBf16, i, count), Ops::Mul(d_act, scale), &dg, &du);
+      inner = Ops::Fma(d_act, act, inner);
+      if (g_out != nullptr) StoreElementsTail(dg, g_out, i, count);
+      StoreElementsTail(du, u_out, i, count);
+    }
+    return Ops::Sum(inner);
+  }
+
+  static void StoreElementsTail(F value, Element* out, int64_t i, int64_t count) {
+    if (count - i >= kLanes) return Ops::StoreElements(value, out + i);
+    alignas(64) Element buffer[kLanes];
+    Ops::StoreElements(value, buffer);
+    std::memcpy(out + i, buffer, (count - i) * sizeof(Element));
+  }
+
+  // ---- results ----
+
+  template <class Out, DType kType>
+  static void Transpose(const float* tile, int64_t tile_stride, int rows, int columns, Out* out, int64_t out_stride) {
+    for (int r = 0; r < rows; r += kLanes) {
+      for (int c = 0; c < columns; c += kLanes) {
+        F block[kLanes];
+        for (int i = 0; i < kLanes; ++i) block[i] = r + i < rows ? Ops::Load(tile + (r + i) * tile_stride + c) : Ops::Zero();
+        Ops::Transpose(block);
+        const int last = static_cast<int>(Smaller(kLanes, columns - c));
+        for (int i = 0; i < last; ++i) StoreTail(reinterpret_cast<char*>(out + (c + i) * out_stride), kType, r, rows, block[i]);
+      }
+    }
+  }
+
+  static void Combine(const float* const* rows, const float* weights, int terms, int64_t count, void* out, DType type) {
+    for (int64_t i = 0; i < count; i += kLanes) {
+      F sum = Ops::Zero();
+      for (int j = 0; j < terms; ++j) {
+        if (rows[j] == nullptr) continue;
+        sum = Ops::Fma(Ops::Set(weights[j]), LoadTail(reinterpret_cast<const char*>(rows[j]), DType::kF32, i, count), sum);
+      }
+      StoreTail(static_cast<char*>(out), type, i, count, sum);
+    }
+  }
+
+  static float Dot(const void* x, DType type, const float* y, int64_t count) {
+    F sum = Ops::Zero();
+    for (int64_t i = 0; i < count; i += kLanes) {
+      sum = Ops::Fma(LoadTail(static_cast<const char*>(x), type, i, count), LoadTail(reinterpret_cast<const char*>(y), DType::kF32, i, count), sum);
+    }
+    return Ops::Sum(sum);
+  }
+
+  // ---- measuring ----
+
+  static double RegisterProducts(int64_t steps) {
+    constexpr int kSums = Ops::kTileRows * Ops::kTileVectors;
+    alignas(64) Element zeros[kLanes * kPair];
+    ZeroElements(zeros, kLanes * kPair);
+    const typename Ops::Panel zero = Ops::LoadPanel(zeros);
+    F sum[kSums];
+#pragma GCC unroll 32
+    for (int i = 0; i < kSums; ++i) sum[i] = Ops::Set(static_cast<float>(i));
+    for (int64_t s = 0; s < steps; ++s) {
+#pragma GCC unroll 32
+      for (int i = 0; i < kSums; ++i) {
+        sum[i] = Ops::MultiplyAdd(sum[i], zero, zero);
+        Ops::Keep(sum[i]);
+      }
+    }
+    float total = 0.0f;
+    for (int i = 0; i < kSums; ++i) total += Ops::Sum(sum[i]);
+    volatile float sink = total;
+    (void)sink;
+    return 2.0 * static_cast<double>(steps) * kSums * kLanes * kPair;
+  }
+
+  static float ReadSum(const float* values, int64_t count) {
+    F sum[4] = {Ops::Zero(), Ops::Zero(), Ops::Zero(), Ops::Zero()};
+    for (int64_t i = 0; i < count; i += 4 * kLanes) {
+      for (int v = 0; v < 4; ++v) sum[v] = Ops::Add(sum[v], Ops::Load(values + i + v * kLanes));
+    }
+    return Ops::Sum(Ops::Add(Ops::Add(sum[0], sum[1]), Ops::Add(sum[2], sum[3])));
+  }
+
+  static constexpr TierKernels Table(Tier tier) {
+    TierKernels table{};
+    table.tier = tier;
+    table.lanes = kLanes;
+    table.pair = kPair;
+    table.element_bytes = sizeof(Element);
+    table.tile_rows = Ops::kTileRows;
+    table.tile_vectors = Ops::kTileVectors;
+    table.decode_rows[static_cast<int>(Format::kBf16)] = DecodeRows<Bf16Format>;
+    table.decode_panels[static_cast<int>(Format::kBf16)] = DecodePanels<Bf16Format>;
+    table.pack_row = PackRow;
+    table.pack_panel = PackPanel;
+    table.multiply = Multiply;
+    SetActivation<Gated<Ops, Silu>>(table, 1, Activation::kSilu);
+    SetActivation<Gated<Ops, Gelu>>(table, 1, Activation::kGelu);
+    SetActivation<Gated<Ops, GeluTanh>>(table, 1, Activation::kGeluTanh);
+    SetActivation<Gated<Ops, Relu2>>(table, 1, Activation::kRelu2);
+    SetActivation<SwigluOai<Ops>>(table, 1, Activation::kSwigluOai);
+    SetActivation<Ungated<Ops, Silu>>(table, 0, Activation::kSilu);
+    SetActivation<Ungated<Ops, Gelu>>(table, 0, Activation::kGelu);
+    SetActivation<Ungated<Ops, GeluTanh>>(table, 0, Activation::kGeluTanh);
+    SetActivation<Ungated<Ops, Relu2>>(table, 0, Activation::kRelu2);
+    table.transpose_to_float = Transpose<float, DType::kF32>;
+    table.transpose_to_bf16 = Transpose<Bf16, DType::kBf16>;
+    table.combine = Combine;
+    table.dot = Dot;
+    table.register_products = RegisterProducts;
+    table.read_sum = ReadSum;
+    return table;
+  }
+
+  template <class Act>
+  static constexpr void SetActivation(TierKernels& table, int gated, Activation activation) {
+    table.activate[gated][static_cast<int>(activation)] = Activate<Act>;
+    table.activate_backward[gated][static_cast<int>(activation)] = ActivateBackward<Act>;
+  }
+};
+
+}  // namespace kt
