@@ -29,3 +29,9 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'kt_sft' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+# torch calls this in every process through an entry point; a script that switched that off gets it with the import.
+from kt_sft.integrations.autoload import arm as _arm  # noqa: E402
+
+_arm()

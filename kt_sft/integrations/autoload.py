@@ -1,5 +1,85 @@
-"""The entry point that torch calls at the end of `import torch`."""
+"""The entry point that torch calls at the end of `import torch`, in every process.
+
+It must be cheap and never raise, so it only arms hooks that run when a host's module is imported; nothing of a host is
+imported here. A process that imports no host pays for one entry in `sys.meta_path`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+#: Host module -> (our module, function) to call with the host's module: before and after it runs its own code.
+_BEFORE = {
+    "llamafactory.hparams.parser": ("kt_sft.integrations.llamafactory", "settle_model_arguments"),
+}
+_AFTER = {
+    "transformers.quantizers.auto": ("kt_sft.integrations.transformers", "register"),
+    "llamafactory.hparams.model_args": ("kt_sft.integrations.llamafactory", "extend_model_arguments"),
+    "llamafactory.hparams.parser": ("kt_sft.integrations.llamafactory", "check_parsed_arguments"),
+    "llamafactory.hparams": ("kt_sft.integrations.llamafactory", "settle_package"),
+    "llamafactory.model.model_utils.quantization": ("kt_sft.integrations.llamafactory", "extend_quantization"),
+    "llamafactory.v1.plugins.model_plugins.quantization": ("kt_sft.integrations.llamafactory", "register_v1"),
+}
+
+
+class _HookFinder:
+    """A meta path finder that finds nothing itself: it adds our calls to the loader that the others find."""
+
+    def __init__(self) -> None:
+        self._searching: set[str] = set()
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if (name not in _AFTER and name not in _BEFORE) or name in self._searching:
+            return None
+        self._searching.add(name)
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            self._searching.discard(name)
+        if spec is not None and spec.loader is not None:
+            _wrap(spec.loader, name)
+        return spec
+
+
+def _wrap(loader: object, name: str) -> None:
+    execute: Callable[[ModuleType], None] = loader.exec_module  # type: ignore[attr-defined]
+
+    def exec_module(module: ModuleType) -> None:
+        _call(_BEFORE.get(name), module)
+        execute(module)
+        _call(_AFTER.get(name), module)
+
+    loader.exec_module = exec_module  # type: ignore[attr-defined]
+
+
+def _call(hook: tuple[str, str] | None, module: ModuleType) -> None:
+    """Calls a hook; a host that has moved must go on working without us, and a recipe with our key is then refused."""
+    if hook is None:
+        return
+    try:
+        getattr(importlib.import_module(hook[0]), hook[1])(module)
+    except Exception as error:
+        warnings.warn(
+            f"kt_sft could not attach to {module.__name__}: {error!r}; recipes with a kt_sft block will not run",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 def arm() -> None:
     """Prepares the hooks that make the `kt_sft:` key of a recipe known; cheap, and never raises."""
+    if any(isinstance(finder, _HookFinder) for finder in sys.meta_path):
+        return
+    sys.meta_path.insert(0, _HookFinder())
+    for name, hook in _AFTER.items():
+        module = sys.modules.get(name)
+        if module is not None and not getattr(module.__spec__, "_initializing", False):
+            _call(hook, module)

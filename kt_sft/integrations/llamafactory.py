@@ -1,0 +1,224 @@
+"""Where kt_sft attaches to LLaMA-Factory: the recipe key `kt_sft:`, the model loading, and what is refused.
+
+Every function here is called with a module of LLaMA-Factory right after (or before) that module has run, so what
+other modules import from it is already ours.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import logging
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+from kt_sft.config import ConfigError, KTConfig
+
+#: The field's value in a recipe without the key. Not None, because that is what an empty `kt_sft:` gives.
+_ABSENT = ""
+
+_HELP = (
+    "Run the routed experts on the CPU with kt_sft: a block of its settings, {} for the defaults (or a JSON string)."
+)
+
+#: Settings of a recipe that exclude kt_sft, with the way out.
+_EXCLUDED_MODEL_ARGUMENTS = {
+    "quantization_bit": "remove quantization_bit; the experts' format is kt_sft's expert_format",
+    "export_quantization_bit": "export the merged model first, then quantise it without kt_sft",
+    "use_kt": "remove use_kt and the kt_* keys",
+    "use_unsloth": "remove use_unsloth",
+    "mixture_of_depths": "remove mixture_of_depths",
+    "train_from_scratch": "remove train_from_scratch: frozen experts must come from a checkpoint",
+}
+_EXCLUDED_FINETUNING_ARGUMENTS = {
+    "use_dora": "remove use_dora and train plain LoRA",
+    "pissa_init": "remove pissa_init and train plain LoRA",
+    "use_mca": "remove USE_MCA from the environment",
+    "use_hyper_parallel": "remove use_hyper_parallel",
+}
+
+
+def extend_model_arguments(module: ModuleType) -> None:
+    """Adds the field `kt_sft` to `ModelArguments`, so that YAML, overrides, --help, chat, api and export know it.
+
+    Args:
+        module: `llamafactory.hparams.model_args`.
+    """
+    base: Any = module.ModelArguments
+    if _knows_key(base):
+        return
+
+    @dataclasses.dataclass
+    class ModelArguments(base):
+        kt_sft: dict | str | None = dataclasses.field(default=_ABSENT, metadata={"help": _HELP})
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            self.kt_sft = _read_block(self.kt_sft)
+            if self.kt_sft != _ABSENT:
+                _check_model_arguments(self)
+
+    ModelArguments.__module__ = base.__module__
+    ModelArguments.__qualname__ = base.__qualname__
+    ModelArguments.__doc__ = base.__doc__
+    module.ModelArguments = ModelArguments  # type: ignore[attr-defined]
+
+
+def settle_model_arguments(_parser: ModuleType) -> None:
+    """Extends `ModelArguments` just before the parser imports it.
+
+    Needed when `llamafactory.hparams.model_args` itself was what imported torch first, so that our hooks were armed
+    while it was running.
+    """
+    module = sys.modules.get("llamafactory.hparams.model_args")
+    if module is not None:
+        extend_model_arguments(module)
+
+
+def settle_package(package: ModuleType) -> None:
+    """Makes `llamafactory.hparams` give out the extended `ModelArguments`, whichever it had imported."""
+    package.ModelArguments = sys.modules["llamafactory.hparams.model_args"].ModelArguments  # type: ignore[attr-defined]
+
+
+def check_parsed_arguments(parser: ModuleType) -> None:
+    """Wraps `get_train_args` and `get_infer_args` to refuse, before anything loads, what kt_sft cannot do.
+
+    Args:
+        parser: `llamafactory.hparams.parser`.
+    """
+    parse_training, parse_inference = parser.get_train_args, parser.get_infer_args
+
+    @functools.wraps(parse_training)
+    def get_train_args(*args: Any, **kwargs: Any) -> Any:
+        parsed = parse_training(*args, **kwargs)
+        model_args, _, training_args, finetuning_args, _ = parsed
+        if config_of(model_args) is not None:
+            _check_finetuning_arguments(finetuning_args)
+            _check_training_arguments(training_args)
+        return parsed
+
+    @functools.wraps(parse_inference)
+    def get_infer_args(*args: Any, **kwargs: Any) -> Any:
+        parsed = parse_inference(*args, **kwargs)
+        model_args = parsed[0]
+        if config_of(model_args) is not None and str(getattr(model_args, "infer_backend", "huggingface")) not in (
+            "huggingface",
+            "EngineName.HF",
+        ):
+            raise ConfigError("kt_sft: chat and api run with infer_backend huggingface only; remove infer_backend")
+        return parsed
+
+    parser.get_train_args = get_train_args  # type: ignore[attr-defined]
+    parser.get_infer_args = get_infer_args  # type: ignore[attr-defined]
+
+
+def extend_quantization(module: ModuleType) -> None:
+    """Wraps `configure_quantization`, the place that hands `quantization_config` to `from_pretrained`.
+
+    Args:
+        module: `llamafactory.model.model_utils.quantization`.
+    """
+    configure: Callable[..., None] = module.configure_quantization
+
+    @functools.wraps(configure)
+    def configure_quantization(
+        config: Any, tokenizer: Any, model_args: Any, is_trainable: bool, init_kwargs: dict[str, Any]
+    ) -> None:
+        settings = config_of(model_args)
+        if settings is None:
+            configure(config, tokenizer, model_args, is_trainable, init_kwargs)
+            return
+        _show_log()
+        init_kwargs["quantization_config"] = settings
+
+    module.configure_quantization = configure_quantization  # type: ignore[attr-defined]
+
+
+def register_v1(module: ModuleType) -> None:
+    """Registers kt_sft in the plugin registry of LLaMA-Factory's v1: `quant_config: {name: kt_sft, ...}`.
+
+    Args:
+        module: `llamafactory.v1.plugins.model_plugins.quantization`.
+    """
+
+    @module.QuantizationPlugin("kt_sft").register()
+    def quantization_with_kt_sft(init_kwargs: dict[str, Any], model_args: Any = None, **_: Any) -> dict[str, Any]:
+        settings = {key: value for key, value in dict(model_args.quant_config).items() if key != "name"}
+        _show_log()
+        init_kwargs["quantization_config"] = KTConfig.from_dict(settings)
+        return init_kwargs
+
+
+def config_of(model_args: Any) -> KTConfig | None:
+    """The settings in a recipe's `kt_sft:` block, or None where the recipe has none.
+
+    Raises:
+        ConfigError: The block holds something unknown or impossible.
+    """
+    block: Any = getattr(model_args, "kt_sft", _ABSENT)
+    return None if block == _ABSENT else KTConfig.from_dict(block)
+
+
+def _knows_key(arguments: type) -> bool:
+    return any(field.name == "kt_sft" for field in dataclasses.fields(arguments))
+
+
+def _read_block(block: Any) -> Any:
+    """Checks a block; returns it as a plain dict, or _ABSENT."""
+    if block == _ABSENT:
+        return _ABSENT
+    if block is None:
+        raise ConfigError("kt_sft: the block is empty; write `kt_sft: {}` for the defaults, or remove the key")
+    if isinstance(block, str):
+        try:
+            block = json.loads(block)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"kt_sft: {block!r} is no JSON object ({error})") from error
+    KTConfig.from_dict(block)
+    return dict(block)
+
+
+def _refuse(arguments: Any, excluded: dict[str, str]) -> None:
+    for name, way_out in excluded.items():
+        if getattr(arguments, name, None) not in (None, False):
+            raise ConfigError(f"kt_sft: cannot be combined with {name}; {way_out}")
+
+
+def _check_model_arguments(model_args: Any) -> None:
+    _refuse(model_args, _EXCLUDED_MODEL_ARGUMENTS)
+
+
+def _check_finetuning_arguments(finetuning_args: Any) -> None:
+    if finetuning_args.finetuning_type != "lora":
+        raise ConfigError(
+            f"kt_sft: finetuning_type {finetuning_args.finetuning_type} cannot train experts that stay frozen on the "
+            "CPU; set finetuning_type: lora"
+        )
+    _refuse(finetuning_args, _EXCLUDED_FINETUNING_ARGUMENTS)
+
+
+def _check_training_arguments(training_args: Any) -> None:
+    from transformers.integrations import is_deepspeed_zero3_enabled
+    from transformers.modeling_utils import is_fsdp_enabled
+
+    if is_deepspeed_zero3_enabled():
+        raise ConfigError(
+            "kt_sft: DeepSpeed ZeRO-3 cannot partition experts that live in the engine; use ZeRO-2 or DDP"
+        )
+    if getattr(training_args, "fsdp", None) or is_fsdp_enabled():
+        raise ConfigError("kt_sft: FSDP is not supported in this version; use DDP")
+
+
+def _show_log() -> None:
+    """Lets the log lines of kt_sft be seen; LLaMA-Factory shows only its own and transformers'."""
+    logger = logging.getLogger("kt_sft")
+    if logger.handlers:
+        return
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("[%(levelname)s|%(name)s] %(asctime)s >> %(message)s"))
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False

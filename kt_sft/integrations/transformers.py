@@ -1,0 +1,69 @@
+"""Where kt_sft attaches to transformers: its quantizer registry, and one seam beyond it."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from types import ModuleType
+from typing import Any
+
+from kt_sft.config import QUANT_METHOD, KTConfig
+
+
+def register(auto: ModuleType) -> None:
+    """Registers config and quantizer in `transformers.quantizers.auto`, and lets KTConfig meet quantised checkpoints.
+
+    Args:
+        auto: The module `transformers.quantizers.auto`.
+    """
+    if QUANT_METHOD in auto.AUTO_QUANTIZER_MAPPING:
+        return
+    auto.register_quantization_config(QUANT_METHOD)(KTConfig)
+    auto.register_quantizer(QUANT_METHOD)(_made_on_use(auto.HfQuantizer))
+    _let_config_win(auto.AutoHfQuantizer)
+
+
+def _made_on_use(base: type) -> type:
+    """A quantizer class that becomes a KTQuantizer when one is asked for.
+
+    The registry is filled while transformers is still being imported, and in processes that never use kt_sft: neither
+    can import our loading code and the native engine at that moment.
+    """
+
+    class DeferredKTQuantizer(base):
+        def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+            from kt_sft.loading.quantizer import KTQuantizer
+
+            return KTQuantizer(*args, **kwargs)
+
+    return DeferredKTQuantizer
+
+
+def _let_config_win(quantizers: Any) -> None:
+    """Wraps `AutoHfQuantizer.merge_quantization_configs`.
+
+    transformers raises there when a checkpoint's own quantization config is of another class than the one passed to
+    `from_pretrained`. A KTConfig says how to *run* the experts, whatever they are stored in, so it wins, and carries
+    the checkpoint's format to our quantizer.
+    """
+    merge = quantizers.merge_quantization_configs
+
+    @functools.wraps(merge)
+    def merge_quantization_configs(quantization_config: Any, quantization_config_from_args: Any) -> Any:
+        if not isinstance(quantization_config_from_args, KTConfig):
+            return merge(quantization_config, quantization_config_from_args)
+        config = copy.copy(quantization_config_from_args)
+        source = _method_name(quantization_config)
+        if source != QUANT_METHOD:
+            config.source_quantization = source  # type: ignore[attr-defined]
+        return config
+
+    quantizers.merge_quantization_configs = staticmethod(merge_quantization_configs)
+
+
+def _method_name(quantization_config: Any) -> str:
+    if isinstance(quantization_config, dict):
+        method = quantization_config.get("quant_method", "unknown")
+    else:
+        method = getattr(quantization_config, "quant_method", "unknown")
+    return str(getattr(method, "value", method))

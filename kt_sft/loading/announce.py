@@ -1,0 +1,40 @@
+"""Says once, after loading, what runs where."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from kt_sft.config import KTConfig, local_rank_and_size
+from kt_sft.engine.info import system_info
+from kt_sft.engine.store import LayerStore
+from kt_sft.loading.mapping import ModulePlan
+
+logger = logging.getLogger("kt_sft")
+
+
+def announce(config: KTConfig, plans: Sequence[ModulePlan], stores: Sequence[LayerStore]) -> None:
+    """Logs, on the first process of this machine, the tier, threads, layers, format and memory of the experts."""
+    if local_rank_and_size()[0] != 0:
+        return
+    info = system_info()
+    experts = sum(plan.layout.num_experts for plan in plans)
+    resident = sum({id(store): store.nbytes for store in stores}.values())
+    logger.info(
+        "routed experts on the CPU: %d experts in %d layers, %s, %.2f GiB resident; tier %s, %s threads",
+        experts,
+        len(plans),
+        config.stored_format,
+        resident / (1 << 30),
+        info["tier"],
+        config.num_threads or info["threads"],
+    )
+    converted = sorted({read.view.entry.dtype_name for plan in plans for read in plan.reads} - {"BF16"})
+    if converted and config.stored_format == "bf16":
+        logger.warning("the checkpoint's %s experts are stored rounded to BF16", " and ".join(converted))
+
+
+def announce_untouched(class_name: str) -> None:
+    """Says that kt_sft has nothing to do for a model without routed experts."""
+    if local_rank_and_size()[0] == 0:
+        logger.warning("%s has no routed experts; kt_sft leaves it as it is", class_name)

@@ -1,0 +1,197 @@
+"""The transformers quantizer: swaps experts for CpuExperts and streams their weights into the engine's stores."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.modeling_utils import PreTrainedModel, is_fsdp_enabled
+from transformers.quantizers.base import HfQuantizer
+
+from kt_sft.config import ConfigError, KTConfig, local_rank_and_size
+from kt_sft.engine.store import LayerStore
+from kt_sft.experts import CpuExperts
+from kt_sft.loading.announce import announce, announce_untouched
+from kt_sft.loading.checkpoint import Checkpoint
+from kt_sft.loading.errors import CheckpointError
+from kt_sft.loading.layout import ExpertLayout, find_experts
+from kt_sft.loading.mapping import ModulePlan, feeds_experts, plan_experts
+from kt_sft.loading.memory import require_bytes
+from kt_sft.loading.saving import state_with_experts
+from kt_sft.loading.sharing import publish_store, shared_store
+from kt_sft.loading.streaming import stream
+
+# Attributes that transformers itself keeps on a model; nn.Module's annotations know nothing of them.
+_CONVERSIONS, _QUANTIZER = "_weight_conversions", "hf_quantizer"
+
+
+class KTQuantizer(HfQuantizer):
+    """Loads a model with its routed experts in the CPU engine; everything else loads as always.
+
+    Afterwards the model looks like an unquantised one to the libraries above (its dense part is one: adapters merge,
+    dtypes cast), except that `is_quantized` and `hf_quantizer` stay, by which the Trainer asks for adapters and
+    `save_pretrained` asks for the experts. A model without routed experts is left exactly as without kt_sft.
+    """
+
+    requires_calibration = False
+
+    def __init__(self, quantization_config: KTConfig, **kwargs: Any):
+        super().__init__(quantization_config, **kwargs)
+        self._config = quantization_config
+        self.pre_quantized = False  # the checkpoint's own dtypes apply to everything but the experts
+        self._plans: list[ModulePlan] = []
+        self._identity: tuple[tuple[str, int, int], ...] = ()
+        self._model_class: type | None = None
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters can be trained on the dense part."""
+        return True
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        """A model can be saved: its experts are copied from the checkpoint they came from."""
+        return True
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Refuses what cannot work, before anything is loaded.
+
+        Raises:
+            ConfigError: A quantised checkpoint, DeepSpeed ZeRO-3 or FSDP.
+        """
+        source = getattr(self.quantization_config, "source_quantization", None)
+        if source is not None:
+            raise ConfigError(
+                f"kt_sft: the checkpoint is quantised ({source}); this version reads BF16, FP16 and FP32 checkpoints, "
+                "so take or make a BF16 copy of the model"
+            )
+        if is_deepspeed_zero3_enabled():
+            raise ConfigError(
+                "kt_sft: DeepSpeed ZeRO-3 cannot partition experts that live in the engine; use ZeRO-2 or DDP"
+            )
+        if is_fsdp_enabled():
+            raise ConfigError("kt_sft: FSDP is not supported in this version; use DDP")
+
+    def update_device_map(self, device_map: Any) -> Any:
+        """Turns an automatic placement into one device: without its experts the model fits, and needs no hooks."""
+        if not isinstance(device_map, str):
+            return device_map
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        if accelerator is None:
+            return {"": "cpu"}
+        return {"": torch.device(accelerator.type, torch.accelerator.current_device_index())}
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, device_map: Any = None, **kwargs: Any
+    ) -> PreTrainedModel:
+        layouts = find_experts(model)
+        if not layouts:
+            return model
+        if not checkpoint_files:
+            raise ConfigError("kt_sft: experts are loaded from safetensors files; a state_dict cannot be given instead")
+        checkpoint = Checkpoint(checkpoint_files)
+        conversions = get_model_conversion_mapping(model, None, self)
+        self._plans = plan_experts(model, layouts, checkpoint, conversions)
+        self._identity = checkpoint.identity()
+        self._model_class = type(model)
+        # This runs under torch.device("meta"): what the experts allocate must be real.
+        with torch.device("cpu"):
+            for plan in self._plans:
+                model.set_submodule(plan.name, CpuExperts(self._store(plan), self._config))
+        self._check_memory(model, device_map)
+        _ignore_keys(model, layouts)
+        return model
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        if not self._plans:
+            self.remove_quantization_config(model)
+            announce_untouched(type(model).__name__)
+            return model
+        stores = [(plan, _store_of(model, plan.name)) for plan in self._plans]
+        stream([(plan, store) for plan, store in stores if shared_store(self._key(plan)) is not store])
+        for plan, store in stores:
+            publish_store(self._key(plan), store)
+        self._look_unquantised(model)
+        announce(self._config, self._plans, [store for _, store in stores])
+        return model
+
+    def get_state_dict_and_metadata(
+        self, model: PreTrainedModel
+    ) -> tuple[dict[str, torch.Tensor] | None, dict[str, str]]:
+        """What `save_pretrained` writes: the dense part as it is now, the experts as they were in the checkpoint.
+
+        Raises:
+            CheckpointError: The source checkpoint is gone or changed, or only a part of the model is saved.
+        """
+        if getattr(model, "_hf_peft_config_loaded", False):
+            return None, {}  # only adapters are saved
+        if type(model) is not self._model_class:
+            raise CheckpointError(
+                f"kt_sft: {type(model).__name__} is a part of {getattr(self._model_class, '__name__', 'a model')}; "
+                "save the whole model, whose experts' names are known"
+            )
+        return state_with_experts(model, self._plans, self._identity), {}
+
+    def _key(self, plan: ModulePlan) -> tuple[Any, ...]:
+        config = self._config
+        options = (config.stored_format, config.group_size, config.zero_point, config.num_threads)
+        return (self._identity, plan.name, options)
+
+    def _store(self, plan: ModulePlan) -> LayerStore:
+        layout, config = plan.layout, self._config
+        return shared_store(self._key(plan)) or LayerStore(
+            num_experts=layout.num_experts,
+            hidden_size=layout.hidden_size,
+            intermediate_size=layout.intermediate_size,
+            activation=layout.activation,
+            gated=layout.gated,
+            expert_format=config.stored_format,
+            num_threads=config.num_threads,
+        )
+
+    def _check_memory(self, model: PreTrainedModel, device_map: Any) -> None:
+        """Every process of this machine loads its own copy at the same time."""
+        need = sum(_store_of(model, plan.name).nbytes for plan in self._plans if shared_store(self._key(plan)) is None)
+        devices = device_map.values() if isinstance(device_map, dict) else ("cpu",)
+        if any(torch.device(device).type == "cpu" for device in devices if device != "disk"):
+            need += sum(parameter.nbytes for parameter in model.parameters())
+        processes = local_rank_and_size()[1]
+        copies = f" in each of {processes} processes" if processes > 1 else ""
+        require_bytes(need * processes, f"the experts of {len(self._plans)} layers{copies}")
+
+    def _look_unquantised(self, model: PreTrainedModel) -> None:
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        if hasattr(model, "quantization_method"):
+            del model.quantization_method
+        # Saving experts again would undo a conversion; they are saved as they were read.
+        kept = [
+            conversion
+            for conversion in getattr(model, "_weight_conversions", None) or []
+            if not feeds_experts(conversion, self._plans)
+        ]
+        setattr(model, _CONVERSIONS, kept)
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel) and module is not model and _has_experts(module):
+                setattr(module, _QUANTIZER, self)  # or saving that part would silently lose its experts
+
+
+def _store_of(model: nn.Module, name: str) -> LayerStore:
+    experts = model.get_submodule(name)
+    assert isinstance(experts, CpuExperts)
+    return experts.store
+
+
+def _has_experts(module: nn.Module) -> bool:
+    return any(isinstance(child, CpuExperts) for child in module.modules())
+
+
+def _ignore_keys(model: PreTrainedModel, layouts: dict[str, ExpertLayout]) -> None:
+    """The experts' keys are unexpected now, on purpose; a checkpoint may write them with or without the base prefix."""
+    prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""
+    names = [re.escape(name.removeprefix(prefix)) for name in layouts]
+    patterns = [rf"(^|\.){name}\." for name in names]
+    model._keys_to_ignore_on_load_unexpected = [*(model._keys_to_ignore_on_load_unexpected or []), *patterns]

@@ -1,0 +1,86 @@
+"""Puts the experts back when a model is saved, so that an export is an ordinary checkpoint.
+
+The frozen experts did not change, so their tensors are the source checkpoint's own, byte for byte, mapped from its
+files and written shard by shard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from kt_sft.loading.checkpoint import Checkpoint, TensorEntry
+from kt_sft.loading.errors import CheckpointError
+from kt_sft.loading.mapping import ModulePlan
+
+
+def state_with_experts(
+    model: nn.Module, plans: Sequence[ModulePlan], source: tuple[tuple[str, int, int], ...]
+) -> dict[str, torch.Tensor]:
+    """`model.state_dict()` with the experts' tensors, under keys that saving turns back into the source's own.
+
+    Args:
+        model: The model that `plans` were made for; its `_weight_conversions` no longer make experts.
+        plans: From loading.
+        source: `Checkpoint.identity()` at loading time.
+
+    Raises:
+        CheckpointError: The source checkpoint has changed or gone since it was loaded.
+    """
+    entries = {key: entry for plan in plans for key, entry in plan.entries().items()}
+    _check_unchanged(source)
+    state = dict(model.state_dict())
+    names = keys_for_saving(entries, getattr(model, "_weight_conversions", None) or [])
+    for path, keys in _by_file(entries.values()).items():
+        try:
+            with safe_open(path, framework="pt", device="cpu") as file:
+                for key in keys:
+                    state[names[key]] = file.get_tensor(key)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path}: cannot be read to copy the experts from it ({error})") from error
+    return state
+
+
+def keys_for_saving(keys: Iterable[str], conversions: Sequence[Any]) -> dict[str, str]:
+    """For each checkpoint key a name that transformers' reversed conversions turn into that key.
+
+    Raises:
+        CheckpointError: There is none.
+    """
+    reverse = [conversion.reverse_transform() for conversion in conversions[::-1]]
+    back = [entry for entry in reverse if isinstance(entry, WeightRenaming)]
+    back_converters = [entry for entry in reverse if isinstance(entry, WeightConverter)]
+    forward = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+    names = {}
+    for key in keys:
+        for candidate in (key, rename_source_key(key, forward, [])[0]):
+            if rename_source_key(candidate, back, back_converters) == (key, None):
+                names[key] = candidate
+                break
+        else:
+            raise CheckpointError(f"tensor {key} cannot be saved under its own name: transformers would rename it")
+    return names
+
+
+def _by_file(entries: Iterable[TensorEntry]) -> dict[str, list[str]]:
+    files: dict[str, list[str]] = {}
+    for entry in entries:
+        files.setdefault(entry.path, []).append(entry.key)
+    return files
+
+
+def _check_unchanged(source: tuple[tuple[str, int, int], ...]) -> None:
+    files = [file for file, _, _ in source]
+    try:
+        unchanged = Checkpoint(files).identity() == source
+    except (OSError, CheckpointError) as error:
+        raise CheckpointError(
+            f"the experts are saved from the checkpoint they came from, which is gone: {error}"
+        ) from error
+    if not unchanged:
+        raise CheckpointError(f"the experts are saved from the checkpoint they came from, which has changed: {files}")

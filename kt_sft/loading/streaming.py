@@ -1,0 +1,78 @@
+"""Reads the planned matrices into the stores, in parallel and with a progress bar."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from typing import Any
+
+from transformers.utils import logging
+
+from kt_sft.config import local_rank_and_size
+from kt_sft.engine.store import LayerStore
+from kt_sft.loading.errors import CheckpointError
+from kt_sft.loading.mapping import MatrixRead, ModulePlan, read_bias
+
+#: Reads in flight. Beyond about this many, disks and page cache serve no faster; each holds one bounded buffer.
+_MAX_READERS = 16
+
+
+def stream(work: Sequence[tuple[ModulePlan, LayerStore]]) -> None:
+    """Fills each store from its plan.
+
+    Raises:
+        CheckpointError: A value is NaN or Inf, a file ends early, or a matrix of a store was never filled.
+    """
+    jobs = [(read, store, plan) for plan, store in work for read in plan.reads]
+    if not jobs:
+        return
+    jobs.sort(key=lambda job: (job[0].view.entry.path, job[0].view.offset))  # disks like to be read in order
+    total = sum(_nbytes(read) for read, _, _ in jobs)
+    readers = max(1, min(_MAX_READERS, 2 * (os.cpu_count() or 1), len(jobs)))
+    hidden = local_rank_and_size()[0] != 0
+    with (
+        logging.tqdm(total=total, unit="B", unit_scale=True, desc="Loading experts", disable=hidden) as progress,
+        ThreadPoolExecutor(max_workers=readers, thread_name_prefix="kt_sft-reader") as pool,
+    ):
+        futures = [pool.submit(_read, read, store, plan, progress) for read, store, plan in jobs]
+        done, pending = wait(futures, return_when=FIRST_EXCEPTION)
+        for future in pending:
+            future.cancel()
+        for future in done:
+            future.result()
+    for plan, store in work:
+        _finish(plan, store)
+
+
+def _nbytes(read: MatrixRead) -> int:
+    return read.view.rows * read.view.cols * read.view.entry.dtype.itemsize
+
+
+def _read(read: MatrixRead, store: LayerStore, plan: ModulePlan, progress: Any) -> None:
+    view = read.view
+    try:
+        store.read_file(
+            read.matrix,
+            read.expert,
+            path=view.entry.path,
+            offset=view.offset,
+            dtype=view.entry.dtype,
+            row_stride=view.row_stride,
+            col_stride=view.col_stride,
+        )
+    except (ValueError, OSError, EOFError) as error:
+        what = f"{read.matrix} of expert {read.expert} of {plan.name}"
+        raise CheckpointError(f"{view.entry.path}: tensor {view.entry.key} ({what}): {error}") from error
+    progress.update(_nbytes(read))
+
+
+def _finish(plan: ModulePlan, store: LayerStore) -> None:
+    if plan.gate_up_bias is not None and plan.down_bias is not None:
+        store.set_biases(
+            read_bias(plan.gate_up_bias, plan.layout, first=True), read_bias(plan.down_bias, plan.layout, first=False)
+        )
+    missing = store.missing()
+    if missing:
+        matrix, expert = missing[0]
+        raise CheckpointError(f"{plan.name}: {matrix} of expert {expert} was never filled ({len(missing)} such)")
