@@ -1,0 +1,195 @@
+"""LayerStore: one layer's routed experts in engine memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from kt_sft.engine import _native  # type: ignore[attr-defined]
+
+ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu2", "swiglu_oai")
+MATRICES = ("gate", "up", "down")
+
+_DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+def dtype_name(dtype: torch.dtype, what: str) -> str:
+    """The engine's name of a dtype.
+
+    Raises:
+        TypeError: The engine does not take it; the message names `what` has it.
+    """
+    if dtype not in _DTYPE_NAMES:
+        raise TypeError(f"kt_sft: {what} has dtype {dtype}; use torch.float32, torch.bfloat16 or torch.float16")
+    return _DTYPE_NAMES[dtype]
+
+
+class LayerStore:
+    """The weights of one layer's E experts: one copy, rows in the checkpoint's order, gate and up [I, H], down [H, I].
+
+    It is a plain object, neither module nor tensor: moving or casting a model leaves it alone, and copying one shares it.
+
+    Args:
+        num_experts: E.
+        hidden_size: H.
+        intermediate_size: I.
+        activation: One of `ACTIVATIONS`, by transformers' name.
+        gated: Whether experts have a gate matrix.
+        gate_up_bias: [E, 2I], gate first ([E, I] ungated), any float dtype.
+        down_bias: [E, H].
+        expert_format: How weights are stored.
+
+    Raises:
+        ValueError: A size, an activation, a bias shape or the format is not possible.
+        MemoryError: The weights do not fit the address space.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size: int,
+        activation: str,
+        gated: bool = True,
+        gate_up_bias: Tensor | None = None,
+        down_bias: Tensor | None = None,
+        expert_format: str = "bf16",
+    ) -> None:
+        if expert_format not in _native.formats():
+            raise ValueError(f"kt_sft: the engine has no format {expert_format!r}; it has {', '.join(_native.formats())}")
+        self.num_experts = num_experts
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.activation = activation
+        self.gated = gated
+        self.expert_format = expert_format
+        self.native = _native.ExpertLayer(
+            experts=num_experts, hidden=hidden_size, intermediate=intermediate_size, activation=activation, gated=gated
+        )
+        self.set_biases(gate_up_bias, down_bias)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory the weights occupy."""
+        return self.native.nbytes
+
+    @property
+    def matrices(self) -> tuple[str, ...]:
+        """The matrices an expert has."""
+        return MATRICES if self.gated else MATRICES[1:]
+
+    def shape(self, matrix: str) -> tuple[int, int]:
+        """(rows, columns) of one expert's `matrix`."""
+        if matrix == "down":
+            return self.hidden_size, self.intermediate_size
+        return self.intermediate_size, self.hidden_size
+
+    def write(self, matrix: str, expert: int, source: Tensor) -> None:
+        """Stores one expert's matrix.
+
+        Args:
+            matrix: "gate", "up" or "down".
+            expert: Its number.
+            source: [rows, columns] on the CPU, FP32, FP16 or BF16, with any strides; rounded to the store's format.
+
+        Raises:
+            ValueError: The shape is wrong, or a value is not finite (or becomes infinite in BF16); the message names its place.
+            TypeError: The dtype is not supported.
+        """
+        if tuple(source.shape) != self.shape(matrix):
+            raise ValueError(f"kt_sft: {matrix} must be {self.shape(matrix)}, got {tuple(source.shape)}")
+        source = source.detach()
+        row_stride, column_stride = source.stride()
+        name = dtype_name(source.dtype, matrix)
+        self.native.write(matrix, expert, source.data_ptr(), name, row_stride, column_stride)
+
+    def read_file(
+        self,
+        matrix: str,
+        expert: int,
+        *,
+        path: str | os.PathLike[str],
+        offset: int,
+        dtype: torch.dtype,
+        row_stride: int,
+        col_stride: int,
+    ) -> None:
+        """Stores one expert's matrix from a file, read piece by piece into its place and not mapped.
+
+        Runs without the GIL and may be called from many threads at once.
+
+        Args:
+            matrix: "gate", "up" or "down".
+            expert: Its number.
+            path: The file.
+            offset: Byte of the matrix's first value.
+            dtype: Of the values in the file.
+            row_stride: Values from one row to the next.
+            col_stride: Values from one column to the next.
+
+        Raises:
+            RuntimeError: The file cannot be read or ends early.
+            ValueError: A value is not finite; the message names its place.
+            TypeError: The dtype is not supported.
+        """
+        name = dtype_name(dtype, matrix)
+        self.native.read_file(matrix, expert, os.fspath(path), offset, name, row_stride, col_stride)
+
+    def missing(self) -> list[tuple[str, int]]:
+        """The (matrix, expert) pairs that were not stored yet."""
+        return [
+            (matrix, expert)
+            for expert in range(self.num_experts)
+            for matrix in self.matrices
+            if not self.native.written(matrix, expert)
+        ]
+
+    def set_biases(self, gate_up_bias: Tensor | None, down_bias: Tensor | None) -> None:
+        """Sets or clears the biases; shapes as in the constructor.
+
+        Raises:
+            ValueError: A shape is wrong, or a value is not finite.
+        """
+        gate_up_shape = (self.num_experts, self.intermediate_size * (2 if self.gated else 1))
+        self.gate_up_bias = _checked_bias("gate_up_bias", gate_up_bias, gate_up_shape)
+        self.down_bias = _checked_bias("down_bias", down_bias, (self.num_experts, self.hidden_size))
+        self.native.set_biases(_values(self.gate_up_bias), _values(self.down_bias))
+
+    def dequantized(self) -> tuple[Tensor, Tensor]:
+        """What the kernels effectively multiply by, without biases.
+
+        Returns:
+            FP32 gate_up [E, 2I, H], gate rows first ([E, I, H] ungated), and down [E, H, I].
+        """
+        parts = 2 if self.gated else 1
+        gate_up = torch.empty(self.num_experts, parts * self.intermediate_size, self.hidden_size)
+        down = torch.empty(self.num_experts, self.hidden_size, self.intermediate_size)
+        for expert in range(self.num_experts):
+            halves: Iterator[Tensor] = iter(gate_up[expert].chunk(parts))
+            for matrix in self.matrices:
+                target = down[expert] if matrix == "down" else next(halves)
+                self.native.dequantize(matrix, expert, target.data_ptr())
+        return gate_up, down
+
+    def __deepcopy__(self, memo: dict[int, object]) -> LayerStore:
+        # The weights are frozen: copies of a model share them.
+        return self
+
+
+def _checked_bias(name: str, bias: Tensor | None, shape: tuple[int, int]) -> Tensor | None:
+    if bias is None:
+        return None
+    if tuple(bias.shape) != shape:
+        raise ValueError(f"kt_sft: {name} must be {shape}, got {tuple(bias.shape)}")
+    bias = bias.detach().to("cpu", torch.float32).contiguous()
+    if not bias.isfinite().all():
+        raise ValueError(f"kt_sft: {name} holds a value that is not finite")
+    return bias
+
+
+def _values(bias: Tensor | None) -> list[float]:
+    return [] if bias is None else bias.flatten().tolist()
