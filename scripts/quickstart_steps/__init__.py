@@ -1,0 +1,1 @@
+"""The steps of `make quickstart`, each a module of its own; `scripts/quickstart.py` runs them in order."""
