@@ -23,6 +23,7 @@ _AFTER = {
     "llamafactory.hparams.model_args": ("kt_sft.integrations.llamafactory", "extend_model_arguments"),
     "llamafactory.hparams.parser": ("kt_sft.integrations.llamafactory", "check_parsed_arguments"),
     "llamafactory.hparams": ("kt_sft.integrations.llamafactory", "settle_package"),
+    "llamafactory.model.model_utils.attention": ("kt_sft.integrations.gpt_oss", "extend_attention"),
     "llamafactory.model.model_utils.quantization": ("kt_sft.integrations.llamafactory", "extend_quantization"),
     "llamafactory.v1.plugins.model_plugins.quantization": ("kt_sft.integrations.llamafactory", "register_v1"),
 }

@@ -1,0 +1,103 @@
+"""gpt-oss trains through LLaMA-Factory in a recipe with a `kt_sft:` block, and only there is anything changed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_tokenizer
+from llamafactory.model import patcher
+from llamafactory.model.model_utils import attention
+from llamafactory.train.tuner import run_exp
+from transformers import GptOssConfig, GptOssForCausalLM, Qwen3MoeConfig
+
+
+def tiny_config(vocab_size: int = 512) -> GptOssConfig:
+    return GptOssConfig(
+        vocab_size=vocab_size,
+        hidden_size=32,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        max_position_embeddings=512,
+        sliding_window=16,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    )
+
+
+def arguments(flash_attn: str, block: Any) -> SimpleNamespace:
+    return SimpleNamespace(flash_attn=flash_attn, kt_sft=block)
+
+
+def test_the_loader_uses_the_seam() -> None:
+    assert patcher.configure_attn_implementation is attention.configure_attn_implementation
+    assert attention.configure_attn_implementation.__wrapped__.__module__ == "llamafactory.model.model_utils.attention"
+
+
+@pytest.mark.parametrize("flash_attn", ["disabled", "auto"])
+def test_gpt_oss_with_the_block_gets_eager_attention(flash_attn: str) -> None:
+    config = tiny_config()
+    attention.configure_attn_implementation(config, arguments(flash_attn, {}))
+    assert config._attn_implementation == "eager"
+
+
+def test_what_was_asked_for_explicitly_is_not_replaced() -> None:
+    with pytest.raises(ImportError):
+        attention.configure_attn_implementation(tiny_config(), arguments("fa3", {}))
+
+
+def test_without_the_block_nothing_changes() -> None:
+    # Fails once LLaMA-Factory and transformers agree again: then this seam can go.
+    with pytest.raises(ImportError, match="load_and_register_kernel"):
+        attention.configure_attn_implementation(tiny_config(), arguments("disabled", ""))
+
+
+def test_other_models_are_left_to_llamafactory() -> None:
+    config = Qwen3MoeConfig()
+    attention.configure_attn_implementation(config, arguments("sdpa", {}))
+    assert config._attn_implementation == "sdpa"
+
+
+def test_a_tiny_gpt_oss_trains(tmp_path: Path, tiny_data: Path) -> None:
+    model = tmp_path / "model"
+    torch.manual_seed(0)
+    GptOssForCausalLM(tiny_config(make_tokenizer(model))).to(torch.bfloat16).save_pretrained(model)
+
+    run_exp(
+        {
+            "model_name_or_path": str(model),
+            "flash_attn": "disabled",
+            "kt_sft": {},
+            "stage": "sft",
+            "do_train": True,
+            "finetuning_type": "lora",
+            "lora_target": "q_proj,k_proj,v_proj,o_proj",
+            "dataset": "sft",
+            "dataset_dir": str(tiny_data),
+            "template": "gpt_oss",
+            "enable_thinking": False,
+            "cutoff_len": 128,
+            "output_dir": str(tmp_path / "out"),
+            "logging_steps": 1,
+            "max_steps": 12,
+            "per_device_train_batch_size": 8,
+            "learning_rate": 0.02,
+            "report_to": "none",
+            "bf16": True,
+            "use_cpu": True,
+        }
+    )
+
+    log = [json.loads(line) for line in (tmp_path / "out" / "trainer_log.jsonl").read_text().splitlines()]
+    losses = [entry["loss"] for entry in log if "loss" in entry]
+    assert len(losses) == 12
+    assert losses[-1] < losses[0] - 0.2, losses
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
