@@ -101,6 +101,7 @@ class KTQuantizer(HfQuantizer):
         with torch.device("cpu"):
             for plan in self._plans:
                 model.set_submodule(plan.name, CpuExperts(self._store(plan), self._config))
+                _keep_from_initializing(model, plan.name)
         self._check_memory(model, device_map)
         _ignore_keys(model, layouts)
         return model
@@ -137,7 +138,7 @@ class KTQuantizer(HfQuantizer):
 
     def _key(self, plan: ModulePlan) -> tuple[Any, ...]:
         config = self._config
-        options = (config.stored_format, config.group_size, config.zero_point, config.num_threads)
+        options = (config.stored_format, config.group_size, config.zero_point)
         return (self._identity, plan.name, options)
 
     def _store(self, plan: ModulePlan) -> LayerStore:
@@ -149,7 +150,6 @@ class KTQuantizer(HfQuantizer):
             activation=layout.activation,
             gated=layout.gated,
             expert_format=config.stored_format,
-            num_threads=config.num_threads,
         )
 
     def _check_memory(self, model: PreTrainedModel, device_map: Any) -> None:
@@ -183,6 +183,16 @@ def _store_of(model: nn.Module, name: str) -> LayerStore:
     experts = model.get_submodule(name)
     assert isinstance(experts, CpuExperts)
     return experts.store
+
+
+def _keep_from_initializing(model: nn.Module, name: str) -> None:
+    """Stops a block's own weight initialisation from reaching for parameters that its experts no longer have.
+
+    Qwen3-Omni initialises its experts from the block around them. A block with tensors of its own is left to do so.
+    """
+    block = model.get_submodule(name.rpartition(".")[0])
+    if not [*block.parameters(recurse=False), *block.buffers(recurse=False)]:
+        setattr(block, "_is_hf_initialized", True)
 
 
 def _has_experts(module: nn.Module) -> bool:

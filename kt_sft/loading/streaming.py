@@ -61,7 +61,7 @@ def _read(read: MatrixRead, store: LayerStore, plan: ModulePlan, progress: Any) 
             row_stride=view.row_stride,
             col_stride=view.col_stride,
         )
-    except (ValueError, OSError, EOFError) as error:
+    except (ValueError, RuntimeError, OSError) as error:
         what = f"{read.matrix} of expert {read.expert} of {plan.name}"
         raise CheckpointError(f"{view.entry.path}: tensor {view.entry.key} ({what}): {error}") from error
     progress.update(_nbytes(read))
