@@ -1,4 +1,5 @@
-// The native module: pointers and sizes in, tickets out. It knows nothing of torch; kt_sft.engine keeps the tensors behind the pointers alive.
+// The native module: pointers and sizes in, tickets out. It knows nothing of torch; kt_sft.engine keeps the tensors
+// behind the pointers alive.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -66,7 +67,9 @@ Matrix MatrixFromName(const std::string& name) {
   throw std::invalid_argument("matrix must be gate, up or down, got " + name);
 }
 
-Tier LimitFrom(const std::optional<std::string>& name) { return name ? TierFromName(*name) : static_cast<Tier>(kTierCount - 1); }
+Tier LimitFrom(const std::optional<std::string>& name) {
+  return name ? TierFromName(*name) : static_cast<Tier>(kTierCount - 1);
+}
 
 std::vector<std::string> AvailableTiers() {
   std::vector<std::string> names;
@@ -83,7 +86,8 @@ py::array_t<uint16_t> TakeBf16(const Engine& engine, int64_t rows, int64_t colum
     std::shared_ptr<BlockPool> pool;
     Block block;
   };
-  auto lease = std::make_unique<Lease>(Lease{engine.blocks(), engine.blocks()->Take(static_cast<size_t>(rows * columns) * 2)});
+  auto lease =
+      std::make_unique<Lease>(Lease{engine.blocks(), engine.blocks()->Take(static_cast<size_t>(rows * columns) * 2)});
   auto* const data = reinterpret_cast<uint16_t*>(lease->block.data());
   const py::capsule owner(lease.release(), [](void* held) {
     const std::unique_ptr<Lease> returned(static_cast<Lease*>(held));
@@ -92,7 +96,8 @@ py::array_t<uint16_t> TakeBf16(const Engine& engine, int64_t rows, int64_t colum
   return py::array_t<uint16_t>({rows, columns}, {columns * 2, int64_t{2}}, data, owner);
 }
 
-LayerCall MakeCall(const ExpertLayer& layer, int64_t tokens, int64_t slots, const std::string& dtype, uintptr_t hidden, uintptr_t experts, uintptr_t weights, uintptr_t retained) {
+LayerCall MakeCall(const ExpertLayer& layer, int64_t tokens, int64_t slots, const std::string& dtype, uintptr_t hidden,
+                   uintptr_t experts, uintptr_t weights, uintptr_t retained) {
   LayerCall call;
   call.layer = &layer;
   call.tokens = tokens;
@@ -107,71 +112,85 @@ LayerCall MakeCall(const ExpertLayer& layer, int64_t tokens, int64_t slots, cons
 
 void BindLayer(py::module_& m) {
   py::class_<ExpertLayer>(m, "ExpertLayer")
-      .def(py::init([](int64_t experts, int64_t hidden, int64_t intermediate, const std::string& activation, bool gated) {
-             return std::make_unique<ExpertLayer>(LayerShape{experts, hidden, intermediate, ActivationFromName(activation), gated, Format::kBf16});
-           }),
-           py::kw_only(), py::arg("experts"), py::arg("hidden"), py::arg("intermediate"), py::arg("activation"), py::arg("gated"))
+      .def(py::init(
+               [](int64_t experts, int64_t hidden, int64_t intermediate, const std::string& activation, bool gated) {
+                 return std::make_unique<ExpertLayer>(
+                     LayerShape{experts, hidden, intermediate, ActivationFromName(activation), gated, Format::kBf16});
+               }),
+           py::kw_only(), py::arg("experts"), py::arg("hidden"), py::arg("intermediate"), py::arg("activation"),
+           py::arg("gated"))
       .def_property_readonly("nbytes", &ExpertLayer::bytes)
       .def(
           "write",
-          [](ExpertLayer& layer, const std::string& matrix, int64_t expert, uintptr_t base, const std::string& dtype, int64_t row_stride, int64_t column_stride) {
+          [](ExpertLayer& layer, const std::string& matrix, int64_t expert, uintptr_t base, const std::string& dtype,
+             int64_t row_stride, int64_t column_stride) {
             const Matrix which = MatrixFromName(matrix);
             const SourceMatrix source{Pointer<void>(base), DTypeFromName(dtype), row_stride, column_stride};
             const py::gil_scoped_release release;
             layer.Write(which, expert, source);
           },
-          py::arg("matrix"), py::arg("expert"), py::arg("base"), py::arg("dtype"), py::arg("row_stride"), py::arg("column_stride"))
+          py::arg("matrix"), py::arg("expert"), py::arg("base"), py::arg("dtype"), py::arg("row_stride"),
+          py::arg("column_stride"))
       .def(
           "read_file",
-          [](ExpertLayer& layer, const std::string& matrix, int64_t expert, const std::string& path, int64_t offset, const std::string& dtype, int64_t row_stride,
-             int64_t column_stride) {
+          [](ExpertLayer& layer, const std::string& matrix, int64_t expert, const std::string& path, int64_t offset,
+             const std::string& dtype, int64_t row_stride, int64_t column_stride) {
             const Matrix which = MatrixFromName(matrix);
             const SourceMatrix layout{nullptr, DTypeFromName(dtype), row_stride, column_stride};
             const py::gil_scoped_release release;
             layer.ReadFile(which, expert, path, offset, layout);
           },
-          py::arg("matrix"), py::arg("expert"), py::arg("path"), py::arg("offset"), py::arg("dtype"), py::arg("row_stride"), py::arg("column_stride"))
-      .def("written", [](const ExpertLayer& layer, const std::string& matrix, int64_t expert) { return layer.written(MatrixFromName(matrix), expert); })
+          py::arg("matrix"), py::arg("expert"), py::arg("path"), py::arg("offset"), py::arg("dtype"),
+          py::arg("row_stride"), py::arg("column_stride"))
+      .def("written", [](const ExpertLayer& layer, const std::string& matrix,
+                         int64_t expert) { return layer.written(MatrixFromName(matrix), expert); })
       .def("dequantize",
            [](const ExpertLayer& layer, const std::string& matrix, int64_t expert, uintptr_t values) {
              const Matrix which = MatrixFromName(matrix);
              const py::gil_scoped_release release;
              layer.Dequantize(which, expert, Pointer<float>(values));
            })
-      .def("set_biases", [](ExpertLayer& layer, const std::vector<float>& gate_up, const std::vector<float>& down) { layer.SetBiases(gate_up, down); });
+      .def("set_biases", [](ExpertLayer& layer, const std::vector<float>& gate_up, const std::vector<float>& down) {
+        layer.SetBiases(gate_up, down);
+      });
 }
 
 void BindEngine(py::module_& m) {
   py::class_<HeldTicket>(m, "Ticket").def("wait", &HeldTicket::Wait).def_property_readonly("done", &HeldTicket::done);
 
   py::class_<Engine>(m, "Engine")
-      .def(py::init([](int threads, const std::vector<int>& cpus, const std::optional<std::string>& limit) { return std::make_unique<Engine>(threads, cpus, LimitFrom(limit)); }),
+      .def(py::init([](int threads, const std::vector<int>& cpus, const std::optional<std::string>& limit) {
+             return std::make_unique<Engine>(threads, cpus, LimitFrom(limit));
+           }),
            py::arg("threads"), py::arg("cpus"), py::arg("limit"))
       .def_property_readonly("threads", &Engine::threads)
       .def_property_readonly("tier", [](const Engine& engine) { return TierName(engine.kernels().tier); })
       .def("take_bf16", &TakeBf16, py::arg("rows"), py::arg("columns"))
       .def(
           "submit_forward",
-          [](Engine& engine, const ExpertLayer& layer, int64_t tokens, int64_t slots, const std::string& dtype, uintptr_t hidden, uintptr_t experts, uintptr_t weights,
-             uintptr_t retained, uintptr_t output, py::object held) {
+          [](Engine& engine, const ExpertLayer& layer, int64_t tokens, int64_t slots, const std::string& dtype,
+             uintptr_t hidden, uintptr_t experts, uintptr_t weights, uintptr_t retained, uintptr_t output,
+             py::object held) {
             LayerCall call = MakeCall(layer, tokens, slots, dtype, hidden, experts, weights, retained);
             call.output = Pointer<void>(output);
             return std::make_unique<HeldTicket>(engine.SubmitForward(call), std::move(held));
           },
-          py::kw_only(), py::arg("layer"), py::arg("tokens"), py::arg("slots"), py::arg("dtype"), py::arg("hidden"), py::arg("experts"), py::arg("weights"), py::arg("retained"),
-          py::arg("output"), py::arg("held"))
+          py::kw_only(), py::arg("layer"), py::arg("tokens"), py::arg("slots"), py::arg("dtype"), py::arg("hidden"),
+          py::arg("experts"), py::arg("weights"), py::arg("retained"), py::arg("output"), py::arg("held"))
       .def(
           "submit_backward",
-          [](Engine& engine, const ExpertLayer& layer, int64_t tokens, int64_t slots, const std::string& dtype, uintptr_t hidden, uintptr_t experts, uintptr_t weights,
-             uintptr_t retained, uintptr_t output_grad, uintptr_t hidden_grad, uintptr_t weights_grad, py::object held) {
+          [](Engine& engine, const ExpertLayer& layer, int64_t tokens, int64_t slots, const std::string& dtype,
+             uintptr_t hidden, uintptr_t experts, uintptr_t weights, uintptr_t retained, uintptr_t output_grad,
+             uintptr_t hidden_grad, uintptr_t weights_grad, py::object held) {
             LayerCall call = MakeCall(layer, tokens, slots, dtype, hidden, experts, weights, retained);
             call.output_grad = Pointer<void>(output_grad);
             call.hidden_grad = Pointer<void>(hidden_grad);
             call.weights_grad = Pointer<float>(weights_grad);
             return std::make_unique<HeldTicket>(engine.SubmitBackward(call), std::move(held));
           },
-          py::kw_only(), py::arg("layer"), py::arg("tokens"), py::arg("slots"), py::arg("dtype"), py::arg("hidden"), py::arg("experts"), py::arg("weights"), py::arg("retained"),
-          py::arg("output_grad"), py::arg("hidden_grad"), py::arg("weights_grad"), py::arg("held"))
+          py::kw_only(), py::arg("layer"), py::arg("tokens"), py::arg("slots"), py::arg("dtype"), py::arg("hidden"),
+          py::arg("experts"), py::arg("weights"), py::arg("retained"), py::arg("output_grad"), py::arg("hidden_grad"),
+          py::arg("weights_grad"), py::arg("held"))
       .def("stats",
            [](const Engine& engine) {
              const EngineStats stats = engine.stats();
@@ -203,7 +222,8 @@ PYBIND11_MODULE(_native, m) {
   m.doc() = "kt_sft's native engine; use it through kt_sft.engine.";
   kt::BindLayer(m);
   kt::BindEngine(m);
-  m.def("available_tiers", &kt::AvailableTiers, "Names of the instruction tiers this CPU and this build have, lowest first.");
+  m.def("available_tiers", &kt::AvailableTiers,
+        "Names of the instruction tiers this CPU and this build have, lowest first.");
   m.def("cpu_model", &kt::CpuModel, "The CPU's own name.");
   m.def("formats", [] { return std::vector<std::string>{"bf16"}; }, "Names of the weight formats this build decodes.");
 }

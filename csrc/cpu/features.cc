@@ -44,7 +44,8 @@ struct Features {
     const Registers leaf1 = Cpuid(1, 0), leaf7 = Cpuid(7, 0), leaf7_1 = Cpuid(7, 1);
     const bool fma = Bit(leaf1.ecx, 12), f16c = Bit(leaf1.ecx, 29);
     avx2 = (states & kAvxStates) == kAvxStates && Bit(leaf7.ebx, 5) && fma && f16c;
-    const bool foundation = Bit(leaf7.ebx, 16), dq = Bit(leaf7.ebx, 17), bw = Bit(leaf7.ebx, 30), vl = Bit(leaf7.ebx, 31);
+    const bool foundation = Bit(leaf7.ebx, 16), dq = Bit(leaf7.ebx, 17), bw = Bit(leaf7.ebx, 30),
+               vl = Bit(leaf7.ebx, 31);
     avx512 = avx2 && (states & kAvx512States) == kAvx512States && foundation && dq && bw && vl;
     avx512_bf16 = avx512 && Bit(leaf7_1.eax, 5);
   }

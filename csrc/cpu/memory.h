@@ -27,8 +27,8 @@ class Block {
   size_t size_ = 0;
 };
 
-// Blocks that come and go with every layer call (retained activations): a returned block is kept for the next taker of a similar size, up to
-// `kKeptBytes` in all. Thread-safe.
+// Blocks that come and go with every layer call (retained activations): a returned block is kept for the next taker of
+// a similar size, up to `kKeptBytes` in all. Thread-safe.
 class BlockPool {
  public:
   static constexpr size_t kKeptBytes = size_t{1} << 30;
@@ -44,7 +44,8 @@ class BlockPool {
   size_t kept_bytes_ = 0;
 };
 
-// Memory of one job: grows to the largest job seen and is handed out piece by piece, each piece aligned to a cache line.
+// Memory of one job: grows to the largest job seen and is handed out piece by piece, each piece aligned to a cache
+// line.
 class Arena {
  public:
   // Forgets all pieces; makes room for `bytes`, measured with Measure.

@@ -1,7 +1,7 @@
 // Scalar number formats: BF16 and FP16 as their bit patterns.
 //
-// Everything here has internal linkage, because units built with raised instruction flags include it too: a function the
-// linker could merge across units might bring an instruction to a CPU that lacks it.
+// Everything here has internal linkage, because units built with raised instruction flags include it too: a function
+// the linker could merge across units might bring an instruction to a CPU that lacks it.
 #pragma once
 
 #include <cstdint>

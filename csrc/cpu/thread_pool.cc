@@ -10,7 +10,8 @@
 namespace kt {
 namespace {
 
-// How long a worker looks for the next round before it sleeps: longer than the gap between the stages of one layer, far shorter than a layer.
+// How long a worker looks for the next round before it sleeps: longer than the gap between the stages of one layer, far
+// shorter than a layer.
 constexpr std::chrono::microseconds kSpin(60);
 
 void Pause() {
@@ -72,7 +73,9 @@ void ThreadPool::RunErased(int64_t tasks, Invoke invoke, const void* function) {
   busy_workers_.store(static_cast<int>(workers_.size()), std::memory_order_relaxed);
   round_.fetch_add(1);  // sequentially consistent: either a worker sees the new round, or we see that it sleeps
   if (sleepers_.load() > 0) {
-    { const std::lock_guard<std::mutex> lock(mutex_); }
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+    }
     wake_.notify_all();
   }
   DrainTasks(0);

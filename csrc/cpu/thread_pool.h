@@ -12,8 +12,8 @@ namespace kt {
 
 class ThreadPool {
  public:
-  // `threads` workers in all: the caller of Run is worker 0, the pool starts the others. Worker i is pinned to cpus[i % cpus.size()]; no pinning if
-  // `cpus` is empty.
+  // `threads` workers in all: the caller of Run is worker 0, the pool starts the others. Worker i is pinned to cpus[i %
+  // cpus.size()]; no pinning if `cpus` is empty.
   ThreadPool(int threads, std::vector<int> cpus);
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
@@ -24,12 +24,13 @@ class ThreadPool {
   // Pins the calling thread as worker 0.
   void PinCaller() const;
 
-  // Calls function(task, worker) for every task in [0, tasks), each once, on whichever worker is free next, and returns when all are done. One caller
-  // at a time. `function` must not throw.
+  // Calls function(task, worker) for every task in [0, tasks), each once, on whichever worker is free next, and returns
+  // when all are done. One caller at a time. `function` must not throw.
   template <class Function>
   void Run(int64_t tasks, const Function& function) {
     RunErased(
-        tasks, [](const void* f, int64_t task, int worker) { (*static_cast<const Function*>(f))(task, worker); }, &function);
+        tasks, [](const void* f, int64_t task, int worker) { (*static_cast<const Function*>(f))(task, worker); },
+        &function);
   }
 
  private:

@@ -5,8 +5,8 @@
 //   static constexpr int64_t RowBytes(int64_t columns);
 //   template <class Ops> static void DecodeRow(const MatrixView&, int64_t row, int64_t column, int64_t count,
 //                                              typename Ops::Element* out);
-// DecodeRow turns `count` weights of one row, from `column` on, into the tier's element type. It is instantiated once per
-// tier, with that tier's `Ops`, so it may use the tier's vector operations.
+// DecodeRow turns `count` weights of one row, from `column` on, into the tier's element type. It is instantiated once
+// per tier, with that tier's `Ops`, so it may use the tier's vector operations.
 #pragma once
 
 #include <cstdint>

@@ -1,7 +1,8 @@
 // Backward: gather dL/dy -> down and activation backward -> gate/up backward -> combine.
 //
-// Tokens are the A operand and weights the B operand: rows of weights that neighbour each other along the contraction are interleaved into panels on the
-// way, from the same bytes that forward reads. The routing weight's gradient is <dL/dy_t W_down, act_t>, so no output of forward is kept for it.
+// Tokens are the A operand and weights the B operand: rows of weights that neighbour each other along the contraction
+// are interleaved into panels on the way, from the same bytes that forward reads. The routing weight's gradient is
+// <dL/dy_t W_down, act_t>, so no output of forward is kept for it.
 #include <algorithm>
 
 #include "moe/pass_internal.h"
@@ -9,7 +10,8 @@
 namespace kt {
 namespace {
 
-// A task multiplies panels of this many weight rows (depth) and columns at a time: they stay in L2, each single panel in L1.
+// A task multiplies panels of this many weight rows (depth) and columns at a time: they stay in L2, each single panel
+// in L1.
 constexpr int64_t kPanelRows = 256;
 constexpr int64_t kPanelColumns = 256;
 constexpr int64_t kRowsPerTask = 64;
@@ -34,7 +36,8 @@ void Pass::BackwardChunk(const Chunk& given) {
   const int64_t retained_bytes = recompute ? rows * chunk.pre_columns() * 2 : 0;
   // Used one after the other: hidden panels (to recompute), rows of dL/dy, rows of dL/dx.
   const int64_t shared_bytes = std::max({recompute ? x.bytes() : 0, rows * grad_stride * bytes, rows * out_stride * 4});
-  arena_.Reset(Arena::Measure(static_cast<size_t>(shared_bytes)) + Arena::Measure(static_cast<size_t>(d_pre_bytes)) + Arena::Measure(static_cast<size_t>(inner_values) * 4) +
+  arena_.Reset(Arena::Measure(static_cast<size_t>(shared_bytes)) + Arena::Measure(static_cast<size_t>(d_pre_bytes)) +
+               Arena::Measure(static_cast<size_t>(inner_values) * 4) +
                Arena::Measure(static_cast<size_t>(retained_bytes)) + MeasureWorkers(worker_bytes) + 64);
   char* const shared = arena_.Take<char>(shared_bytes);
   char* const d_pre = arena_.Take<char>(d_pre_bytes);
@@ -71,7 +74,8 @@ void Pass::PackOutputGrad(const Chunk& chunk, char* grad, int64_t stride) {
 void Pass::DownBackward(const Chunk& chunk, const char* grad, int64_t grad_stride, char* d_pre, float* inner) {
   const LayerShape& shape = chunk.shape;
   const auto decode = kernels_.decode_panels[static_cast<int>(shape.format)];
-  const ActivateBackwardFn activate_backward = kernels_.activate_backward[shape.gated][static_cast<int>(shape.activation)];
+  const ActivateBackwardFn activate_backward =
+      kernels_.activate_backward[shape.gated][static_cast<int>(shape.activation)];
   const int64_t bytes = kernels_.element_bytes, padded = Padded(shape.intermediate), parts = shape.gated ? 2 : 1;
   const int64_t d_pre_stride = RowStride(parts * padded), pre_columns = chunk.pre_columns();
   const int64_t tasks_per_block = CeilDiv(shape.intermediate, kPanelColumns);
@@ -89,7 +93,8 @@ void Pass::DownBackward(const Chunk& chunk, const char* grad, int64_t grad_strid
       decode(weights, h, static_cast<int>(depth), i, static_cast<int>(columns), panels, panel_elements);
       const char* const a = grad + (block.first * grad_stride + h) * bytes;
       for (int64_t c = 0; c * width() < columns; ++c) {
-        kernels_.multiply(a, grad_stride, block.rows, panels + c * panel_elements * bytes, static_cast<int>(width()), depth, u + c * width(), u_stride, h > 0);
+        kernels_.multiply(a, grad_stride, block.rows, panels + c * panel_elements * bytes, static_cast<int>(width()),
+                          depth, u + c * width(), u_stride, h > 0);
       }
     }
     for (int64_t r = 0; r < block.rows; ++r) {
@@ -100,10 +105,12 @@ void Pass::DownBackward(const Chunk& chunk, const char* grad, int64_t grad_strid
       char* const d_up = out + ((parts - 1) * padded + i) * bytes;
       const float weight = chunk.routing.weight_of[static_cast<size_t>(row)];
       inner[row * tasks_per_block + task % tasks_per_block] =
-          activate_backward(shape.gated ? pre : nullptr, pre + pre_columns - shape.intermediate, u + r * u_stride, weight, columns, d_gate, d_up);
+          activate_backward(shape.gated ? pre : nullptr, pre + pre_columns - shape.intermediate, u + r * u_stride,
+                            weight, columns, d_gate, d_up);
       if (i + columns < shape.intermediate || padded == shape.intermediate) continue;
       // The pairs of an odd depth end in zeros.
-      for (int64_t part = 0; part < parts; ++part) std::fill_n(out + (part * padded + shape.intermediate) * bytes, bytes, 0);
+      for (int64_t part = 0; part < parts; ++part)
+        std::fill_n(out + (part * padded + shape.intermediate) * bytes, bytes, 0);
     }
   });
 }
@@ -128,7 +135,8 @@ void Pass::GateUpBackward(const Chunk& chunk, const char* d_pre, float* out_rows
         const char* const a = d_pre + (block.first * d_pre_stride + part * padded + i) * bytes;
         for (int64_t c = 0; c * width() < columns; ++c) {
           float* const out = out_rows + block.first * out_stride + h + c * width();
-          kernels_.multiply(a, d_pre_stride, block.rows, panels + c * panel_elements * bytes, static_cast<int>(width()), depth, out, out_stride, part + i > 0);
+          kernels_.multiply(a, d_pre_stride, block.rows, panels + c * panel_elements * bytes, static_cast<int>(width()),
+                            depth, out, out_stride, part + i > 0);
         }
       }
     }
@@ -146,9 +154,11 @@ void Pass::CombineWeightsGrad(const Chunk& chunk, const float* inner) {
       float sum = 0.0f;
       for (int64_t j = 0; j < terms; ++j) sum += inner[row * terms + j];
       const int64_t token = routing.token_of[static_cast<size_t>(row)];
-      if (bias != nullptr) sum += kernels_.dot(chunk.TokenRow(chunk.call.output_grad, token), chunk.call.type, bias, chunk.shape.hidden);
+      if (bias != nullptr)
+        sum += kernels_.dot(chunk.TokenRow(chunk.call.output_grad, token), chunk.call.type, bias, chunk.shape.hidden);
       for (int64_t j = 0; j < routing.slots; ++j) {
-        if (routing.place_of[static_cast<size_t>(token * routing.slots + j)] == row) out[token * routing.slots + j] = sum;
+        if (routing.place_of[static_cast<size_t>(token * routing.slots + j)] == row)
+          out[token * routing.slots + j] = sum;
       }
     }
   }

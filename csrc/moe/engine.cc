@@ -33,7 +33,11 @@ void Ticket::Finish(std::exception_ptr error) {
 }
 
 Engine::Engine(int threads, const std::vector<int>& cpus, Tier limit)
-    : kernels_(*BestKernels(limit)), pool_(std::max(1, threads), cpus), pass_(kernels_, pool_), blocks_(std::make_shared<BlockPool>()), thread_([this] { Loop(); }) {}
+    : kernels_(*BestKernels(limit)),
+      pool_(std::max(1, threads), cpus),
+      pass_(kernels_, pool_),
+      blocks_(std::make_shared<BlockPool>()),
+      thread_([this] { Loop(); }) {}
 
 Engine::~Engine() {
   {
@@ -123,7 +127,10 @@ MachinePeak Engine::MeasurePeak() {
     std::vector<float> sums(static_cast<size_t>(kPieces));
     for (int trial = 0; trial < kTrials; ++trial) {
       const Clock::time_point start = Clock::now();
-      pool_.Run(kPieces, [&](int64_t p, int) { sums[static_cast<size_t>(p)] = kernels_.read_sum(reinterpret_cast<const float*>(block.data() + p * piece), piece / 4); });
+      pool_.Run(kPieces, [&](int64_t p, int) {
+        sums[static_cast<size_t>(p)] =
+            kernels_.read_sum(reinterpret_cast<const float*>(block.data() + p * piece), piece / 4);
+      });
       peak.read_bandwidth = std::max(peak.read_bandwidth, static_cast<double>(block.size()) / SecondsSince(start));
     }
   };

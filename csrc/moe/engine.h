@@ -39,8 +39,8 @@ struct EngineStats {
 };
 
 struct MachinePeak {
-  double product_flops = 0;    // per second and thread: the tier's multiply-add on registers
-  double read_bandwidth = 0;   // bytes per second of all threads together, from memory
+  double product_flops = 0;   // per second and thread: the tier's multiply-add on registers
+  double read_bandwidth = 0;  // bytes per second of all threads together, from memory
 };
 
 class Engine {
@@ -60,6 +60,9 @@ class Engine {
   std::shared_ptr<Ticket> SubmitForward(const LayerCall& call);
   std::shared_ptr<Ticket> SubmitBackward(const LayerCall& call);
 
+  // Queues anything else that must have the engine's threads to itself.
+  std::shared_ptr<Ticket> Submit(std::function<void()> work);
+
   EngineStats stats() const;
   // Measured now, in turn with other work; takes some tens of milliseconds.
   MachinePeak MeasurePeak();
@@ -70,7 +73,6 @@ class Engine {
     std::shared_ptr<Ticket> ticket;
   };
 
-  std::shared_ptr<Ticket> Submit(std::function<void()> work);
   void Loop();
 
   const TierKernels& kernels_;

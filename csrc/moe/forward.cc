@@ -1,7 +1,7 @@
 // Forward: gather -> gate/up and activation -> down -> combine.
 //
-// Weights are the A operand and tokens the B operand, so a product has one row per weight row and one column per token: two neighbouring rows of
-// activations are one depth step of the down product's panel, which is written as it stands.
+// Weights are the A operand and tokens the B operand, so a product has one row per weight row and one column per token:
+// two neighbouring rows of activations are one depth step of the down product's panel, which is written as it stands.
 #include <algorithm>
 
 #include "moe/pass_internal.h"
@@ -18,10 +18,12 @@ void Pass::ForwardChunk(const Chunk& chunk) {
   Panels x = LayOutPanels(chunk.routing, chunk.shape.hidden);
   Panels act = LayOutPanels(chunk.routing, chunk.shape.intermediate);
   const int64_t depth = std::max(chunk.shape.hidden, chunk.shape.intermediate);
-  const size_t worker_bytes = static_cast<size_t>(2 * kernels_.tile_rows * (RowStride(depth) * kernels_.element_bytes + width() * 4));
+  const size_t worker_bytes =
+      static_cast<size_t>(2 * kernels_.tile_rows * (RowStride(depth) * kernels_.element_bytes + width() * 4));
   // The rows to combine take the place of the hidden panels, which nobody needs any more by then.
   const size_t shared_bytes = static_cast<size_t>(std::max(x.bytes(), chunk.routing.rows() * chunk.shape.hidden * 4));
-  arena_.Reset(Arena::Measure(shared_bytes) + Arena::Measure(static_cast<size_t>(act.bytes())) + MeasureWorkers(worker_bytes) + 64);
+  arena_.Reset(Arena::Measure(shared_bytes) + Arena::Measure(static_cast<size_t>(act.bytes())) +
+               MeasureWorkers(worker_bytes) + 64);
   x.data = arena_.Take<char>(static_cast<int64_t>(shared_bytes));
   act.data = arena_.Take<char>(act.bytes());
   TakeWorkers(worker_bytes);
@@ -52,7 +54,8 @@ void Pass::GateUp(const Chunk& chunk, const Panels& x, const Panels* act) {
     const float* const up_bias = layer.up_bias(block.expert);
     const float* const gate_bias = layer.gate_bias(block.expert);
 
-    const int64_t first = task % tasks_per_block * rows_per_task, last = Smaller(first + rows_per_task, shape.intermediate);
+    const int64_t first = task % tasks_per_block * rows_per_task,
+                  last = Smaller(first + rows_per_task, shape.intermediate);
     for (int64_t i = first; i < last; i += tile) {
       const int rows = static_cast<int>(Smaller(tile, last - i));
       decode(layer.view(Matrix::kUp, block.expert), i, rows, shape.hidden, a_up, stride);
@@ -61,12 +64,16 @@ void Pass::GateUp(const Chunk& chunk, const Panels& x, const Panels* act) {
         const Group group = GroupOf(block, g);
         const char* const panel = x.At(b, group.first);
         Product(a_up, stride, rows, panel, group.width, shape.hidden, up_bias == nullptr ? nullptr : up_bias + i, up);
-        if (shape.gated) Product(a_gate, stride, rows, panel, group.width, shape.hidden, gate_bias == nullptr ? nullptr : gate_bias + i, gate);
-        if (act != nullptr) activate(gate, up, rows, group.width, act->At(b, group.first) + i * group.width * kernels_.element_bytes);
+        if (shape.gated)
+          Product(a_gate, stride, rows, panel, group.width, shape.hidden,
+                  gate_bias == nullptr ? nullptr : gate_bias + i, gate);
+        if (act != nullptr)
+          activate(gate, up, rows, group.width, act->At(b, group.first) + i * group.width * kernels_.element_bytes);
         if (chunk.retained == nullptr) continue;
         Bf16* const pre = chunk.retained + (block.first + group.first) * pre_columns + i;
         if (shape.gated) kernels_.transpose_to_bf16(gate, group.width, rows, group.rows, pre, pre_columns);
-        kernels_.transpose_to_bf16(up, group.width, rows, group.rows, pre + pre_columns - shape.intermediate, pre_columns);
+        kernels_.transpose_to_bf16(up, group.width, rows, group.rows, pre + pre_columns - shape.intermediate,
+                                   pre_columns);
       }
     }
   });
@@ -93,7 +100,8 @@ void Pass::Down(const Chunk& chunk, const Panels& act, float* out_rows) {
       decode(layer.view(Matrix::kDown, block.expert), h, rows, shape.intermediate, a, stride);
       for (int64_t g = 0; g * width() < block.rows; ++g) {
         const Group group = GroupOf(block, g);
-        Product(a, stride, rows, act.At(b, group.first), group.width, shape.intermediate, bias == nullptr ? nullptr : bias + h, c);
+        Product(a, stride, rows, act.At(b, group.first), group.width, shape.intermediate,
+                bias == nullptr ? nullptr : bias + h, c);
         float* const out = out_rows + (block.first + group.first) * shape.hidden + h;
         kernels_.transpose_to_float(c, group.width, rows, group.rows, out, shape.hidden);
       }

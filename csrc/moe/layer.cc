@@ -29,7 +29,8 @@ void ReadExactly(const FileDescriptor& file, const std::string& path, int64_t of
     const ssize_t got = pread(file.number, out, static_cast<size_t>(bytes), offset);
     if (got < 0 && errno == EINTR) continue;
     if (got < 0) throw std::runtime_error("cannot read " + path + ": " + std::strerror(errno));
-    if (got == 0) throw std::runtime_error(path + " is truncated: it ends before byte " + std::to_string(offset + bytes));
+    if (got == 0)
+      throw std::runtime_error(path + " is truncated: it ends before byte " + std::to_string(offset + bytes));
     out += got;
     offset += got;
     bytes -= got;
@@ -49,7 +50,8 @@ void StoreBf16Row(const SourceMatrix& source, int64_t row, int64_t columns, uint
   for (int64_t c = 0; c < columns; ++c) {
     const float value = LoadAsFloat(source.base, source.type, row * source.row_stride + c * source.column_stride);
     if (std::isfinite(FloatFromBf16(Bf16FromFloat(value)))) continue;
-    throw std::invalid_argument("row " + std::to_string(row) + ", column " + std::to_string(c) + " is " + std::to_string(value));
+    throw std::invalid_argument("row " + std::to_string(row) + ", column " + std::to_string(c) + " is " +
+                                std::to_string(value));
   }
 }
 
@@ -69,9 +71,12 @@ bool AllFinite(const uint8_t* values, int64_t count) {
 ExpertLayer::ExpertLayer(const LayerShape& shape) : shape_(shape) {
   constexpr int64_t kLargest = int64_t{1} << 24;
   for (const int64_t size : {shape.experts, shape.hidden, shape.intermediate}) {
-    if (size < 1 || size > kLargest) throw std::invalid_argument("the number of experts, the hidden and the intermediate size must be between 1 and 2^24");
+    if (size < 1 || size > kLargest)
+      throw std::invalid_argument(
+          "the number of experts, the hidden and the intermediate size must be between 1 and 2^24");
   }
-  if (!shape.gated && shape.activation == Activation::kSwigluOai) throw std::invalid_argument("activation swiglu_oai needs a gate");
+  if (!shape.gated && shape.activation == Activation::kSwigluOai)
+    throw std::invalid_argument("activation swiglu_oai needs a gate");
   const int matrices = shape.gated ? 3 : 2;
   block_ = Block(static_cast<size_t>(matrices * shape.experts * shape.hidden * shape.intermediate) * 2);
   written_ = std::make_unique<std::atomic<uint8_t>[]>(static_cast<size_t>(kMatrixCount * shape.experts));
@@ -79,7 +84,8 @@ ExpertLayer::ExpertLayer(const LayerShape& shape) : shape_(shape) {
 
 size_t ExpertLayer::Index(Matrix matrix, int64_t expert) const {
   if (expert < 0 || expert >= shape_.experts) {
-    throw std::out_of_range("expert " + std::to_string(expert) + " is out of range: the layer has " + std::to_string(shape_.experts));
+    throw std::out_of_range("expert " + std::to_string(expert) + " is out of range: the layer has " +
+                            std::to_string(shape_.experts));
   }
   if (matrix == Matrix::kGate && !shape_.gated) throw std::invalid_argument("this layer's experts have no gate");
   return static_cast<size_t>(expert * kMatrixCount + static_cast<int>(matrix));
@@ -93,7 +99,9 @@ uint8_t* ExpertLayer::Rows(Matrix matrix, int64_t expert) const {
   return block_.data() + (expert * matrices + place) * bytes;
 }
 
-MatrixView ExpertLayer::view(Matrix matrix, int64_t expert) const { return {Rows(matrix, expert), Bf16Format::RowBytes(columns(matrix))}; }
+MatrixView ExpertLayer::view(Matrix matrix, int64_t expert) const {
+  return {Rows(matrix, expert), Bf16Format::RowBytes(columns(matrix))};
+}
 
 void ExpertLayer::Write(Matrix matrix, int64_t expert, const SourceMatrix& source) {
   uint8_t* const out = Rows(matrix, expert);
@@ -101,7 +109,8 @@ void ExpertLayer::Write(Matrix matrix, int64_t expert, const SourceMatrix& sourc
   for (int64_t r = 0; r < rows(matrix); ++r) {
     uint8_t* const row = out + r * row_bytes;
     if (source.type == DType::kBf16 && source.column_stride == 1) {
-      std::memcpy(row, static_cast<const uint8_t*>(source.base) + r * source.row_stride * 2, static_cast<size_t>(row_bytes));
+      std::memmove(row, static_cast<const uint8_t*>(source.base) + r * source.row_stride * 2,
+                   static_cast<size_t>(row_bytes));
       if (AllFinite(row, width)) continue;
     }
     StoreBf16Row(source, r, width, row);
@@ -109,13 +118,15 @@ void ExpertLayer::Write(Matrix matrix, int64_t expert, const SourceMatrix& sourc
   MarkWritten(matrix, expert);
 }
 
-void ExpertLayer::ReadFile(Matrix matrix, int64_t expert, const std::string& path, int64_t offset, const SourceMatrix& layout) {
+void ExpertLayer::ReadFile(Matrix matrix, int64_t expert, const std::string& path, int64_t offset,
+                           const SourceMatrix& layout) {
   const FileDescriptor file(path);
   const int64_t height = rows(matrix), width = columns(matrix), item = DTypeBytes(layout.type);
   uint8_t* const out = Rows(matrix, expert);
   if (layout.type == DType::kBf16 && layout.column_stride == 1 && layout.row_stride == width) {
     ReadExactly(file, path, offset, out, height * width * 2);
-    if (!AllFinite(out, height * width)) StoreBf16Row({out, DType::kBf16, 0, 1}, 0, height * width, out);
+    if (!AllFinite(out, height * width))
+      return Write(matrix, expert, {out, DType::kBf16, width, 1});  // names the place
     return MarkWritten(matrix, expert);
   }
   if (layout.column_stride <= layout.row_stride) {
@@ -126,7 +137,8 @@ void ExpertLayer::ReadFile(Matrix matrix, int64_t expert, const std::string& pat
     for (int64_t r = 0; r < height; r += rows_at_once) {
       const int64_t count = std::min(rows_at_once, height - r);
       buffer.resize(static_cast<size_t>(((count - 1) * layout.row_stride + span) * item));
-      ReadExactly(file, path, offset + r * layout.row_stride * item, buffer.data(), static_cast<int64_t>(buffer.size()));
+      ReadExactly(file, path, offset + r * layout.row_stride * item, buffer.data(),
+                  static_cast<int64_t>(buffer.size()));
       for (int64_t i = 0; i < count; ++i) {
         const SourceMatrix source{buffer.data(), layout.type, layout.row_stride, layout.column_stride};
         StoreBf16Row(source, i, width, out + (r + i) * width * 2);
@@ -135,7 +147,8 @@ void ExpertLayer::ReadFile(Matrix matrix, int64_t expert, const std::string& pat
     return MarkWritten(matrix, expert);
   }
   // Transposed on disk: one expert's slab, turned once.
-  std::vector<uint8_t> slab(static_cast<size_t>(((width - 1) * layout.column_stride + (height - 1) * layout.row_stride + 1) * item));
+  std::vector<uint8_t> slab(
+      static_cast<size_t>(((width - 1) * layout.column_stride + (height - 1) * layout.row_stride + 1) * item));
   ReadExactly(file, path, offset, slab.data(), static_cast<int64_t>(slab.size()));
   Write(matrix, expert, {slab.data(), layout.type, layout.row_stride, layout.column_stride});
 }
@@ -148,8 +161,10 @@ void ExpertLayer::Dequantize(Matrix matrix, int64_t expert, float* values) const
 void ExpertLayer::SetBiases(std::vector<float> gate_up, std::vector<float> down) {
   const size_t gate_up_size = static_cast<size_t>(shape_.experts * shape_.intermediate * (shape_.gated ? 2 : 1));
   const size_t down_size = static_cast<size_t>(shape_.experts * shape_.hidden);
-  if (!gate_up.empty() && gate_up.size() != gate_up_size) throw std::invalid_argument("gate_up_bias has the wrong number of values");
-  if (!down.empty() && down.size() != down_size) throw std::invalid_argument("down_bias has the wrong number of values");
+  if (!gate_up.empty() && gate_up.size() != gate_up_size)
+    throw std::invalid_argument("gate_up_bias has the wrong number of values");
+  if (!down.empty() && down.size() != down_size)
+    throw std::invalid_argument("down_bias has the wrong number of values");
   gate_up_bias_ = std::move(gate_up);
   down_bias_ = std::move(down);
 }
@@ -164,6 +179,8 @@ const float* ExpertLayer::up_bias(int64_t expert) const {
   return gate_up_bias_.data() + (shape_.gated ? (expert * 2 + 1) : expert) * shape_.intermediate;
 }
 
-const float* ExpertLayer::down_bias(int64_t expert) const { return down_bias_.empty() ? nullptr : down_bias_.data() + expert * shape_.hidden; }
+const float* ExpertLayer::down_bias(int64_t expert) const {
+  return down_bias_.empty() ? nullptr : down_bias_.data() + expert * shape_.hidden;
+}
 
 }  // namespace kt

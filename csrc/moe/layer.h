@@ -45,14 +45,17 @@ class ExpertLayer {
 
   MatrixView view(Matrix matrix, int64_t expert) const;
 
-  // Stores one matrix, rounding to the format. Throws std::invalid_argument naming the place where the source is not finite. Thread-safe for different
-  // matrices.
+  // Stores one matrix, rounding to the format. Throws std::invalid_argument naming the place where the source is not
+  // finite. Thread-safe for different matrices.
   void Write(Matrix matrix, int64_t expert, const SourceMatrix& source);
 
-  // The same from a file, from byte `offset` on, without mapping it and with bounded memory. Throws std::runtime_error when it cannot be read or ends early.
+  // The same from a file, from byte `offset` on, without mapping it and with bounded memory. Throws std::runtime_error
+  // when it cannot be read or ends early.
   void ReadFile(Matrix matrix, int64_t expert, const std::string& path, int64_t offset, const SourceMatrix& layout);
 
-  bool written(Matrix matrix, int64_t expert) const { return written_[Index(matrix, expert)].load(std::memory_order_acquire) != 0; }
+  bool written(Matrix matrix, int64_t expert) const {
+    return written_[Index(matrix, expert)].load(std::memory_order_acquire) != 0;
+  }
 
   // FP32, `values` is [rows, columns].
   void Dequantize(Matrix matrix, int64_t expert, float* values) const;
@@ -66,7 +69,9 @@ class ExpertLayer {
  private:
   size_t Index(Matrix matrix, int64_t expert) const;
   uint8_t* Rows(Matrix matrix, int64_t expert) const;
-  void MarkWritten(Matrix matrix, int64_t expert) { written_[Index(matrix, expert)].store(1, std::memory_order_release); }
+  void MarkWritten(Matrix matrix, int64_t expert) {
+    written_[Index(matrix, expert)].store(1, std::memory_order_release);
+  }
 
   const LayerShape shape_;
   Block block_;

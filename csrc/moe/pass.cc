@@ -19,7 +19,8 @@ void Pass::ForEachChunk(const LayerCall& call, const Function& function) {
   int64_t rows_before = 0;
   for (int64_t token = 0; token < call.tokens; token += tokens_at_once) {
     const int64_t tokens = std::min(tokens_at_once, call.tokens - token), offset = token * call.slots;
-    const Routing routing = SortByExpert(call.experts + offset, call.weights + offset, tokens, call.slots, call.layer->shape().experts);
+    const Routing routing =
+        SortByExpert(call.experts + offset, call.weights + offset, tokens, call.slots, call.layer->shape().experts);
     Chunk chunk{call, call.layer->shape(), routing, token, nullptr};
     if (call.retained != nullptr) chunk.retained = call.retained + rows_before * chunk.pre_columns();
     function(chunk);
@@ -56,7 +57,8 @@ Pass::Group Pass::GroupOf(const RowBlock& block, int64_t index) const {
   return {first, static_cast<int>(rows), static_cast<int>(RoundUp(rows, kernels_.lanes))};
 }
 
-void Pass::Product(const char* a, int64_t a_stride, int rows, const char* panel, int panel_width, int64_t depth, const float* bias, float* c) const {
+void Pass::Product(const char* a, int64_t a_stride, int rows, const char* panel, int panel_width, int64_t depth,
+                   const float* bias, float* c) const {
   if (bias != nullptr) {
     for (int r = 0; r < rows; ++r) std::fill_n(c + r * panel_width, panel_width, bias[r]);
   }
@@ -98,7 +100,8 @@ void Pass::CombineRows(const Chunk& chunk, const float* rows, int64_t stride, bo
         terms[j] = row < 0 ? nullptr : rows + row * stride;
         if (weighted && row >= 0) weights[j] = routing.weight_of[static_cast<size_t>(row)];
       }
-      kernels_.combine(terms.data(), weights.data(), static_cast<int>(slots), chunk.shape.hidden, chunk.TokenRow(out, token), chunk.call.type);
+      kernels_.combine(terms.data(), weights.data(), static_cast<int>(slots), chunk.shape.hidden,
+                       chunk.TokenRow(out, token), chunk.call.type);
     }
   });
 }

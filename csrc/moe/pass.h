@@ -1,8 +1,9 @@
 // The MoE layer's forward and backward, written once: it knows neither weight formats nor instruction sets.
 //
-// Sizes: T tokens, K slots per token, E experts, H hidden, I intermediate, S <= T * K routed rows (sentinel slots have none). All intermediate results
-// are kept in rows sorted by expert. How the work is cut depends on these sizes and the tier alone, never on the number of threads, and every sum is
-// formed in a fixed order: the same tokens give the same bits with any number of threads.
+// Sizes: T tokens, K slots per token, E experts, H hidden, I intermediate, S <= T * K routed rows (sentinel slots have
+// none). All intermediate results are kept in rows sorted by expert. How the work is cut depends on these sizes and the
+// tier alone, never on the number of threads, and every sum is formed in a fixed order: the same tokens give the same
+// bits with any number of threads.
 #pragma once
 
 #include <cstdint>
@@ -23,8 +24,8 @@ struct LayerCall {
   const int64_t* experts = nullptr;  // [T, K]
   const float* weights = nullptr;    // [T, K]
 
-  // [T * K, 2I] ([T * K, I] ungated) pre-activations, gate first, in sorted rows. Forward fills it if given; backward uses it if given and
-  // else computes it again, to the same bits.
+  // [T * K, 2I] ([T * K, I] ungated) pre-activations, gate first, in sorted rows. Forward fills it if given; backward
+  // uses it if given and else computes it again, to the same bits.
   Bf16* retained = nullptr;
 
   void* output = nullptr;  // forward: [T, H]
@@ -66,7 +67,8 @@ class Pass {
   Panels LayOutPanels(const Routing& routing, int64_t depth) const;
   Group GroupOf(const RowBlock& block, int64_t index) const;
   // C = A * panel, plus a bias per row of C if there is one.
-  void Product(const char* a, int64_t a_stride, int rows, const char* panel, int panel_width, int64_t depth, const float* bias, float* c) const;
+  void Product(const char* a, int64_t a_stride, int rows, const char* panel, int panel_width, int64_t depth,
+               const float* bias, float* c) const;
 
   // Every worker has one piece of the arena of its own.
   size_t MeasureWorkers(size_t bytes) const { return pool_.threads() * Arena::Measure(bytes); }
@@ -75,7 +77,8 @@ class Pass {
 
   int64_t width() const { return int64_t{kernels_.lanes} * kernels_.tile_vectors; }
   int64_t Padded(int64_t depth) const { return RoundUp(depth, kernels_.pair); }
-  // Elements from one A row to the next: a cache line more than the row, so that rows a power of two long do not share cache sets.
+  // Elements from one A row to the next: a cache line more than the row, so that rows a power of two long do not share
+  // cache sets.
   int64_t RowStride(int64_t depth) const { return RoundUp(depth, kernels_.pair) + 64 / kernels_.element_bytes; }
 
   const TierKernels& kernels_;

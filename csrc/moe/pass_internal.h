@@ -24,11 +24,11 @@ struct Pass::Chunk {
   }
 };
 
-// B panels of routed rows. Each block of rows is cut into groups of the tier's panel width; the group whose first row is r of block b starts at
-// column `first[b] + r` and is as wide as its rows need, in whole vectors.
+// B panels of routed rows. Each block of rows is cut into groups of the tier's panel width; the group whose first row
+// is r of block b starts at column `first[b] + r` and is as wide as its rows need, in whole vectors.
 struct Pass::Panels {
   char* data = nullptr;
-  int64_t depth = 0;           // padded
+  int64_t depth = 0;  // padded
   int64_t element_bytes = 0;
   std::vector<int64_t> first;  // per block
   int64_t columns = 0;         // in all

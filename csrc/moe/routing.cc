@@ -4,7 +4,8 @@
 
 namespace kt {
 
-Routing SortByExpert(const int64_t* experts, const float* weights, int64_t tokens, int64_t slots, int64_t expert_count) {
+Routing SortByExpert(const int64_t* experts, const float* weights, int64_t tokens, int64_t slots,
+                     int64_t expert_count) {
   Routing routing;
   routing.tokens = tokens;
   routing.slots = slots;

@@ -17,17 +17,17 @@ struct Routing {
   static constexpr int64_t kBlockRows = 256;
 
   int64_t tokens = 0;
-  int64_t slots = 0;                // K
-  std::vector<int64_t> token_of;    // [rows] which token a sorted row belongs to
-  std::vector<int64_t> place_of;    // [T * K] which sorted row a slot went to, -1 for the sentinel
-  std::vector<float> weight_of;     // [rows] routing weight of a sorted row
-  std::vector<RowBlock> blocks;     // all rows, expert by expert
+  int64_t slots = 0;              // K
+  std::vector<int64_t> token_of;  // [rows] which token a sorted row belongs to
+  std::vector<int64_t> place_of;  // [T * K] which sorted row a slot went to, -1 for the sentinel
+  std::vector<float> weight_of;   // [rows] routing weight of a sorted row
+  std::vector<RowBlock> blocks;   // all rows, expert by expert
 
   int64_t rows() const { return static_cast<int64_t>(token_of.size()); }
 };
 
-// Sorts the T * K slots by expert, keeping the order of tokens within one expert. `experts` is [T, K], every value in [0, E]; E is the sentinel for "no
-// expert" and gets no row. `weights` is [T, K].
+// Sorts the T * K slots by expert, keeping the order of tokens within one expert. `experts` is [T, K], every value in
+// [0, E]; E is the sentinel for "no expert" and gets no row. `weights` is [T, K].
 Routing SortByExpert(const int64_t* experts, const float* weights, int64_t tokens, int64_t slots, int64_t expert_count);
 
 }  // namespace kt

@@ -1,7 +1,8 @@
 // Activations and their derivatives, written once over a tier's vectors. Included by kernels.inl.
 //
-// Accuracy: Exp is within 2 ulp of FP32 (Cody-Waite reduction, degree-6 polynomial); Erfc has a relative error below 1.2e-7 (W. H. Press
-// et al., Numerical Recipes in C, 2nd ed., section 6.2) where its result is not denormal. NaN comes out as NaN.
+// Accuracy: Exp is within 2 ulp of FP32 (Cody-Waite reduction, degree-6 polynomial); Erfc has a relative error
+// below 1.2e-7 (W. H. Press et al., Numerical Recipes in C, 2nd ed., section 6.2) where its result is not denormal. NaN
+// comes out as NaN.
 #pragma once
 
 namespace kt {
@@ -13,7 +14,8 @@ struct Math {
   static F C(float value) { return Ops::Set(value); }
 
   static F Exp(F x) {
-    // Operand order matters: x86 min and max return the second operand when either is NaN. Beyond 88.73 the result is +inf.
+    // Operand order matters: x86 min and max return the second operand when either is NaN. Beyond 88.73 the result is
+    // +inf.
     x = Ops::Min(C(89.0f), Ops::Max(C(-87.3f), x));
     const F n = Ops::Round(Ops::Mul(x, C(1.44269504f)));
     F r = Ops::Fma(n, C(-0.693359375f), x);
@@ -137,7 +139,8 @@ struct Ungated {
   }
 };
 
-// gpt-oss: g = min(gate, 7), u = clamp(up, -7, 7), act = g sigmoid(1.702 g) (u + 1). The clamps pass no gradient beyond their limits.
+// gpt-oss: g = min(gate, 7), u = clamp(up, -7, 7), act = g sigmoid(1.702 g) (u + 1). The clamps pass no gradient beyond
+// their limits.
 template <class Ops>
 struct SwigluOai {
   using F = typename Ops::F;

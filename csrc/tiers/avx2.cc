@@ -26,8 +26,12 @@ struct Avx2Vectors {
   static F Abs(F a) { return _mm256_andnot_ps(Set(-0.0f), a); }
   static F Round(F a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
   // 2^n for whole n in [-126, 128]; 128 gives infinity.
-  static F PowerOfTwo(F n) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23)); }
-  static F SelectNegative(F x, F negative, F otherwise) { return _mm256_blendv_ps(otherwise, negative, _mm256_cmp_ps(x, Zero(), _CMP_LT_OQ)); }
+  static F PowerOfTwo(F n) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
+  }
+  static F SelectNegative(F x, F negative, F otherwise) {
+    return _mm256_blendv_ps(otherwise, negative, _mm256_cmp_ps(x, Zero(), _CMP_LT_OQ));
+  }
   static float Sum(F a) {
     const __m128 four = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
     const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
@@ -35,10 +39,13 @@ struct Avx2Vectors {
   }
 
   static F LoadBf16(const kt::Bf16* p) {
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16));
+    return _mm256_castsi256_ps(
+        _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16));
   }
   static F LoadF16(const kt::F16* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
-  static void StoreF16(kt::F16* p, F x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)); }
+  static void StoreF16(kt::F16* p, F x) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
   // Rounds to nearest even in integer arithmetic; a NaN stays a quiet NaN.
   static void StoreBf16(kt::Bf16* p, F x) {
     const __m256i bits = _mm256_castps_si256(x);

@@ -17,7 +17,9 @@ struct Ops : Avx512Vectors {
     std::memcpy(&pair, p, sizeof(pair));
     return _mm512_set1_epi32(pair);
   }
-  static F MultiplyAdd(F sum, Panel a, Panel b) { return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b)); }
+  static F MultiplyAdd(F sum, Panel a, Panel b) {
+    return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
+  }
 
   static void ElementsFromBf16(const uint8_t* src, int64_t count, Element* out) { std::memcpy(out, src, count * 2); }
   static void StoreElements(F x, Element* out) { StoreBf16(out, x); }

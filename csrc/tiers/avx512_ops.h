@@ -1,5 +1,5 @@
-// Vector operations of AVX-512 (F, BW, DQ, VL), shared by the tiers that have them. Include inside an anonymous namespace's unit only: the including unit
-// must be compiled with these instruction sets.
+// Vector operations of AVX-512 (F, BW, DQ, VL), shared by the tiers that have them. Include inside an anonymous
+// namespace's unit only: the including unit must be compiled with these instruction sets.
 #pragma once
 
 #include <immintrin.h>
@@ -28,15 +28,25 @@ struct Avx512Vectors {
   static F Abs(F a) { return _mm512_abs_ps(a); }
   static F Round(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
   // 2^n for whole n in [-126, 128]; 128 gives infinity.
-  static F PowerOfTwo(F n) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23)); }
-  static F SelectNegative(F x, F negative, F otherwise) { return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, Zero(), _CMP_LT_OQ), otherwise, negative); }
+  static F PowerOfTwo(F n) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));
+  }
+  static F SelectNegative(F x, F negative, F otherwise) {
+    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, Zero(), _CMP_LT_OQ), otherwise, negative);
+  }
   static float Sum(F a) { return _mm512_reduce_add_ps(a); }
 
   static F LoadBf16(const kt::Bf16* p) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16));
+    return _mm512_castsi512_ps(
+        _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16));
   }
-  static F LoadF16(const kt::F16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
-  static void StoreF16(kt::F16* p, F x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)); }
+  static F LoadF16(const kt::F16* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  static void StoreF16(kt::F16* p, F x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                        _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
 
   // Rounds to nearest even in integer arithmetic: denormals are kept, a NaN stays a quiet NaN.
   static __m256i RoundToBf16(F x) {

@@ -1,4 +1,5 @@
-// What the tiers without BF16 dot products share: operands are FP32, one depth value per lane. `V` is the tier's vector operations.
+// What the tiers without BF16 dot products share: operands are FP32, one depth value per lane. `V` is the tier's vector
+// operations.
 #pragma once
 
 #include <cstring>
@@ -20,7 +21,8 @@ struct FloatElements : V {
 
   static void ElementsFromBf16(const uint8_t* src, int64_t count, Element* out) {
     int64_t i = 0;
-    for (; i + V::kLanes <= count; i += V::kLanes) V::Store(out + i, V::LoadBf16(reinterpret_cast<const kt::Bf16*>(src + 2 * i)));
+    for (; i + V::kLanes <= count; i += V::kLanes)
+      V::Store(out + i, V::LoadBf16(reinterpret_cast<const kt::Bf16*>(src + 2 * i)));
     for (; i < count; ++i) out[i] = kt::LoadAsFloat(src, kt::DType::kBf16, i);
   }
   static void StoreElements(F x, Element* out) { V::Store(out, x); }

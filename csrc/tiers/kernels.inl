@@ -1,12 +1,12 @@
-// The micro-kernels, written once over a tier's vector operations `Ops`. A tier's unit defines `Ops` in an anonymous namespace, so every instantiation
-// here has internal linkage and the linker can merge none of them with another unit's. No std:: function or class is used for the same reason.
+// The micro-kernels, written once over a tier's vector operations `Ops`. A tier's unit defines `Ops` in an anonymous
+// namespace, so every instantiation here has internal linkage and the linker can merge none of them with another
+// unit's. No std:: function or class is used for the same reason.
 //
 // What `Ops` provides:
 //   Element (Bf16 or float), kPair, kLanes, kTileRows, kTileVectors
-//   F: a vector of kLanes floats; Zero Set Load Store Add Sub Mul Div Fma Min Max Abs Round PowerOfTwo SelectNegative Sum
-//   LoadBf16 LoadF16 StoreBf16 StoreF16: kLanes values in memory from/to F
-//   Panel, LoadPanel, MultiplyAdd(acc, const Element* kPair values, Panel)
-//   ElementsFromBf16(src, count, out); StoreElements(F, out): kLanes elements in a row
+//   F: a vector of kLanes floats; Zero Set Load Store Add Sub Mul Div Fma Min Max Abs Round PowerOfTwo SelectNegative
+//   Sum LoadBf16 LoadF16 StoreBf16 StoreF16: kLanes values in memory from/to F Panel, LoadPanel, MultiplyAdd(acc, const
+//   Element* kPair values, Panel) ElementsFromBf16(src, count, out); StoreElements(F, out): kLanes elements in a row
 //   StoreActivation(out, width, F even, F odd): two depth steps of a B panel
 //   InterleaveRows(out, row0, row1): kLanes * kPair elements of a panel from kPair weight rows
 //   Transpose(F[kLanes]); Keep(F&)
@@ -95,7 +95,8 @@ struct Kernels {
       Element value[kPair];
     };
     Unit* out = static_cast<Unit*>(panel);
-    constexpr int kBlock = 64;  // depth values of every token in turn, so that the written part of the panel stays in L1
+    constexpr int kBlock =
+        64;  // depth values of every token in turn, so that the written part of the panel stays in L1
     alignas(64) Unit buffer[kBlock / kPair];
     for (int64_t k = 0; k < count; k += kBlock) {
       const int64_t depth = Smaller(kBlock, count - k), units = CeilDiv(depth, kPair);
@@ -122,7 +123,8 @@ struct Kernels {
   }
 
   template <class Format>
-  static void DecodePanels(const MatrixView& w, int64_t row, int rows, int64_t column, int columns, void* panels, int64_t panel_stride) {
+  static void DecodePanels(const MatrixView& w, int64_t row, int rows, int64_t column, int columns, void* panels,
+                           int64_t panel_stride) {
     alignas(64) Element chunk[kPair][kChunk];
     for (int first = 0; first < columns; first += kChunk) {
       const int count = static_cast<int>(Smaller(kChunk, columns - first));
@@ -135,7 +137,8 @@ struct Kernels {
         }
         Element* out = static_cast<Element*>(panels) + first / kWidth * panel_stride + static_cast<int64_t>(r) * kWidth;
         for (int c = 0; c < padded; c += kWidth, out += panel_stride) {
-          for (int v = 0; v < kWidth; v += kLanes) Ops::InterleaveRows(out + v * kPair, chunk[0] + c + v, chunk[kPair - 1] + c + v);
+          for (int v = 0; v < kWidth; v += kLanes)
+            Ops::InterleaveRows(out + v * kPair, chunk[0] + c + v, chunk[kPair - 1] + c + v);
         }
       }
     }
@@ -144,12 +147,14 @@ struct Kernels {
   // ---- the product ----
 
   template <int kRows, int kVectors>
-  static void Tile(const Element* a, int64_t a_stride, const Element* b, int64_t steps, float* c, int64_t c_stride, bool accumulate) {
+  static void Tile(const Element* a, int64_t a_stride, const Element* b, int64_t steps, float* c, int64_t c_stride,
+                   bool accumulate) {
     F sum[kRows][kVectors];
 #pragma GCC unroll 16
     for (int m = 0; m < kRows; ++m) {
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) sum[m][v] = accumulate ? Ops::Load(c + m * c_stride + v * kLanes) : Ops::Zero();
+      for (int v = 0; v < kVectors; ++v)
+        sum[m][v] = accumulate ? Ops::Load(c + m * c_stride + v * kLanes) : Ops::Zero();
     }
     for (int64_t s = 0; s < steps; ++s) {
       typename Ops::Panel column[kVectors];
@@ -171,7 +176,8 @@ struct Kernels {
 
   // Full tiles first, then the largest remainder that fits: every row count takes few passes over the panel.
   template <int kRows, int kVectors>
-  static void Rows(const Element* a, int64_t a_stride, int64_t rows, const Element* b, int64_t steps, float* c, int64_t c_stride, bool accumulate) {
+  static void Rows(const Element* a, int64_t a_stride, int64_t rows, const Element* b, int64_t steps, float* c,
+                   int64_t c_stride, bool accumulate) {
     for (; rows >= kRows; rows -= kRows, a += kRows * a_stride, c += kRows * c_stride) {
       Tile<kRows, kVectors>(a, a_stride, b, steps, c, c_stride, accumulate);
     }
@@ -179,13 +185,18 @@ struct Kernels {
   }
 
   template <int kVectors>
-  static void MultiplyWidth(int vectors, const Element* a, int64_t a_stride, int64_t rows, const Element* b, int64_t steps, float* c, int64_t c_stride, bool accumulate) {
-    if (vectors == kVectors) return Rows<Ops::kTileRows, kVectors>(a, a_stride, rows, b, steps, c, c_stride, accumulate);
-    if constexpr (kVectors > 1) MultiplyWidth<kVectors - 1>(vectors, a, a_stride, rows, b, steps, c, c_stride, accumulate);
+  static void MultiplyWidth(int vectors, const Element* a, int64_t a_stride, int64_t rows, const Element* b,
+                            int64_t steps, float* c, int64_t c_stride, bool accumulate) {
+    if (vectors == kVectors)
+      return Rows<Ops::kTileRows, kVectors>(a, a_stride, rows, b, steps, c, c_stride, accumulate);
+    if constexpr (kVectors > 1)
+      MultiplyWidth<kVectors - 1>(vectors, a, a_stride, rows, b, steps, c, c_stride, accumulate);
   }
 
-  static void Multiply(const void* a, int64_t a_stride, int64_t rows, const void* panel, int width, int64_t depth, float* c, int64_t c_stride, bool accumulate) {
-    MultiplyWidth<Ops::kTileVectors>(width / kLanes, static_cast<const Element*>(a), a_stride, rows, static_cast<const Element*>(panel), CeilDiv(depth, kPair), c, c_stride,
+  static void Multiply(const void* a, int64_t a_stride, int64_t rows, const void* panel, int width, int64_t depth,
+                       float* c, int64_t c_stride, bool accumulate) {
+    MultiplyWidth<Ops::kTileVectors>(width / kLanes, static_cast<const Element*>(a), a_stride, rows,
+                                     static_cast<const Element*>(panel), CeilDiv(depth, kPair), c, c_stride,
                                      accumulate);
   }
 
@@ -207,7 +218,8 @@ struct Kernels {
   }
 
   template <class Act>
-  static float ActivateBackward(const Bf16* gate, const Bf16* up, const float* u, float weight, int64_t count, void* d_gate, void* d_up) {
+  static float ActivateBackward(const Bf16* gate, const Bf16* up, const float* u, float weight, int64_t count,
+                                void* d_gate, void* d_up) {
     const char* g_src = reinterpret_cast<const char*>(gate != nullptr ? gate : up);
     const char* u_src = reinterpret_cast<const char*>(up);
     Element* g_out = static_cast<Element*>(d_gate);
@@ -217,7 +229,8 @@ struct Kernels {
     for (int64_t i = 0; i < count; i += kLanes) {
       const F d_act = LoadTail(reinterpret_cast<const char*>(u), DType::kF32, i, count);
       F dg, du;
-      const F act = Act::Backward(LoadTail(g_src, DType::kBf16, i, count), LoadTail(u_src, DType::kBf16, i, count), Ops::Mul(d_act, scale), &dg, &du);
+      const F act = Act::Backward(LoadTail(g_src, DType::kBf16, i, count), LoadTail(u_src, DType::kBf16, i, count),
+                                  Ops::Mul(d_act, scale), &dg, &du);
       inner = Ops::Fma(d_act, act, inner);
       if (g_out != nullptr) StoreElementsTail(dg, g_out, i, count);
       StoreElementsTail(du, u_out, i, count);
@@ -239,10 +252,12 @@ struct Kernels {
     for (int r = 0; r < rows; r += kLanes) {
       for (int c = 0; c < columns; c += kLanes) {
         F block[kLanes];
-        for (int i = 0; i < kLanes; ++i) block[i] = r + i < rows ? Ops::Load(tile + (r + i) * tile_stride + c) : Ops::Zero();
+        for (int i = 0; i < kLanes; ++i)
+          block[i] = r + i < rows ? Ops::Load(tile + (r + i) * tile_stride + c) : Ops::Zero();
         Ops::Transpose(block);
         const int last = static_cast<int>(Smaller(kLanes, columns - c));
-        for (int i = 0; i < last; ++i) StoreTail(reinterpret_cast<char*>(out + (c + i) * out_stride), kType, r, rows, block[i]);
+        for (int i = 0; i < last; ++i)
+          StoreTail(reinterpret_cast<char*>(out + (c + i) * out_stride), kType, r, rows, block[i]);
       }
     }
   }
@@ -252,7 +267,8 @@ struct Kernels {
       F sum = Ops::Zero();
       for (int j = 0; j < terms; ++j) {
         if (rows[j] == nullptr) continue;
-        sum = Ops::Fma(Ops::Set(weights[j]), LoadTail(reinterpret_cast<const char*>(rows[j]), DType::kF32, i, count), sum);
+        sum = Ops::Fma(Ops::Set(weights[j]), LoadTail(reinterpret_cast<const char*>(rows[j]), DType::kF32, i, count),
+                       sum);
       }
       StoreTail(static_cast<char*>(out), type, i, count, sum);
     }
@@ -261,7 +277,8 @@ struct Kernels {
   static float Dot(const void* x, DType type, const float* y, int64_t count) {
     F sum = Ops::Zero();
     for (int64_t i = 0; i < count; i += kLanes) {
-      sum = Ops::Fma(LoadTail(static_cast<const char*>(x), type, i, count), LoadTail(reinterpret_cast<const char*>(y), DType::kF32, i, count), sum);
+      sum = Ops::Fma(LoadTail(static_cast<const char*>(x), type, i, count),
+                     LoadTail(reinterpret_cast<const char*>(y), DType::kF32, i, count), sum);
     }
     return Ops::Sum(sum);
   }
@@ -284,6 +301,7 @@ struct Kernels {
       }
     }
     float total = 0.0f;
+#pragma GCC unroll 32  // an index known only at run time would keep the sums in memory throughout
     for (int i = 0; i < kSums; ++i) total += Ops::Sum(sum[i]);
     volatile float sink = total;
     (void)sink;

@@ -1,4 +1,5 @@
-// Portable C++ over four-lane vectors of the compiler (GCC and Clang, any CPU): FP32 products. The reference for the other tiers.
+// Portable C++ over four-lane vectors of the compiler (GCC and Clang, any CPU): FP32 products. The reference for the
+// other tiers.
 #include "tiers/float_elements.h"
 #include "tiers/kernels.inl"
 
@@ -48,7 +49,9 @@ struct PortableVectors {
   static F Round(F a) { return (a + 12582912.0f) - 12582912.0f; }
   // 2^n for whole n in [-126, 128]; 128 gives infinity.
   static F PowerOfTwo(F n) {
-    return Each([&](int i) { return kt::FloatFromBits(static_cast<uint32_t>(n[i] == n[i] ? static_cast<int32_t>(n[i]) + 127 : 127) << 23); });
+    return Each([&](int i) {
+      return kt::FloatFromBits(static_cast<uint32_t>(n[i] == n[i] ? static_cast<int32_t>(n[i]) + 127 : 127) << 23);
+    });
   }
   static F SelectNegative(F x, F negative, F otherwise) { return (x < Zero()) ? negative : otherwise; }
   static float Sum(F a) { return (a[0] + a[1]) + (a[2] + a[3]); }

@@ -3,8 +3,8 @@
 // Products are C[m][n] += sum_d A[m][d] * B[d][n], always over these two operand layouts:
 //   A  row-major, `a_stride` elements from row to row, depth padded with zeros to a multiple of `pair`;
 //   B  a panel [depth / pair][width][pair], where width is a multiple of `lanes` up to `tile_vectors * lanes`.
-// With weights as A and tokens as B (forward), and tokens as A and weights as B (backward), row-major weights serve both
-// passes without being transposed.
+// With weights as A and tokens as B (forward), and tokens as A and weights as B (backward), row-major weights serve
+// both passes without being transposed.
 #pragma once
 
 #include <cstdint>
@@ -18,14 +18,15 @@ namespace kt {
 enum class Activation { kSilu, kGelu, kGeluTanh, kRelu2, kSwigluOai };
 constexpr int kActivationCount = 5;
 
-// One activation's forward: FP32 tiles gate and up, [rows][width], to elements of the next product's B panel, whose depth
-// is the tile's row index. An odd last row is paired with zeros. `gate` is null for ungated experts.
+// One activation's forward: FP32 tiles gate and up, [rows][width], to elements of the next product's B panel, whose
+// depth is the tile's row index. An odd last row is paired with zeros. `gate` is null for ungated experts.
 using ActivateFn = void (*)(const float* gate, const float* up, int rows, int width, void* panel);
 
 // One activation's backward for one routed row of `count` values: from the retained pre-activations and
-// u = dL/d(act) / routing weight, writes dL/dgate and dL/dup (scaled by `weight`) and returns <u, act>, this row's share of
-// the routing weight's gradient. `gate` and `d_gate` are null for ungated experts.
-using ActivateBackwardFn = float (*)(const Bf16* gate, const Bf16* up, const float* u, float weight, int64_t count, void* d_gate, void* d_up);
+// u = dL/d(act) / routing weight, writes dL/dgate and dL/dup (scaled by `weight`) and returns <u, act>, this row's
+// share of the routing weight's gradient. `gate` and `d_gate` are null for ungated experts.
+using ActivateBackwardFn = float (*)(const Bf16* gate, const Bf16* up, const float* u, float weight, int64_t count,
+                                     void* d_gate, void* d_up);
 
 struct TierKernels {
   Tier tier;
@@ -36,12 +37,14 @@ struct TierKernels {
   int tile_vectors;   // vectors per row of C, likewise
 
   // Decodes weight rows [row, row + rows) in full (`columns` weights each) as A rows.
-  void (*decode_rows[kFormatCount])(const MatrixView& w, int64_t row, int rows, int64_t columns, void* a, int64_t a_stride);
+  void (*decode_rows[kFormatCount])(const MatrixView& w, int64_t row, int rows, int64_t columns, void* a,
+                                    int64_t a_stride);
 
-  // Decodes weight rows [row, row + rows), columns [column, column + columns), as B panels: depth runs over rows. Columns
-  // are cut into panels of tile_vectors * lanes, one after the other, `panel_stride` elements apart; the last is padded
-  // with zeros.
-  void (*decode_panels[kFormatCount])(const MatrixView& w, int64_t row, int rows, int64_t column, int columns, void* panels, int64_t panel_stride);
+  // Decodes weight rows [row, row + rows), columns [column, column + columns), as B panels: depth runs over rows.
+  // Columns are cut into panels of tile_vectors * lanes, one after the other, `panel_stride` elements apart; the last
+  // is padded with zeros.
+  void (*decode_panels[kFormatCount])(const MatrixView& w, int64_t row, int rows, int64_t column, int columns,
+                                      void* panels, int64_t panel_stride);
 
   // Converts a row of `count` values to elements, padded with zeros up to a multiple of `pair`.
   void (*pack_row)(const void* row, DType type, int64_t count, void* a);
@@ -49,16 +52,19 @@ struct TierKernels {
   // Packs `tokens` rows as the columns of one B panel of the given width; columns beyond `tokens` are zero.
   void (*pack_panel)(const void* const* rows, DType type, int tokens, int width, int64_t count, void* panel);
 
-  // The product. `rows` is any number; `depth` counts unpadded values; C is FP32 with `c_stride` values from row to row.
-  // Without `accumulate` C is overwritten. Writes all of `width` columns.
-  void (*multiply)(const void* a, int64_t a_stride, int64_t rows, const void* panel, int width, int64_t depth, float* c, int64_t c_stride, bool accumulate);
+  // The product. `rows` is any number; `depth` counts unpadded values; C is FP32 with `c_stride` values from row to
+  // row. Without `accumulate` C is overwritten. Writes all of `width` columns.
+  void (*multiply)(const void* a, int64_t a_stride, int64_t rows, const void* panel, int width, int64_t depth, float* c,
+                   int64_t c_stride, bool accumulate);
 
   ActivateFn activate[2][kActivationCount];  // [gated][activation]; null where there is no such expert
   ActivateBackwardFn activate_backward[2][kActivationCount];
 
   // out[column][row] = tile[row][column]: FP32 tile of `rows` x `columns`, to FP32 or BF16.
-  void (*transpose_to_float)(const float* tile, int64_t tile_stride, int rows, int columns, float* out, int64_t out_stride);
-  void (*transpose_to_bf16)(const float* tile, int64_t tile_stride, int rows, int columns, Bf16* out, int64_t out_stride);
+  void (*transpose_to_float)(const float* tile, int64_t tile_stride, int rows, int columns, float* out,
+                             int64_t out_stride);
+  void (*transpose_to_bf16)(const float* tile, int64_t tile_stride, int rows, int columns, Bf16* out,
+                            int64_t out_stride);
 
   // out[i] = sum over j of weights[j] * rows[j][i], added in the order of j, for i < count; null rows are skipped.
   void (*combine)(const float* const* rows, const float* weights, int terms, int64_t count, void* out, DType type);
@@ -66,8 +72,8 @@ struct TierKernels {
   // <x, y>, summed in a fixed order.
   float (*dot)(const void* x, DType type, const float* y, int64_t count);
 
-  // For measuring the machine: the product's multiply-adds on registers alone (returns how many FLOPs it did), and the sum of `count` values (a
-  // multiple of 64), which reads memory as fast as this tier's loads can.
+  // For measuring the machine: the product's multiply-adds on registers alone (returns how many FLOPs it did), and the
+  // sum of `count` values (a multiple of 64), which reads memory as fast as this tier's loads can.
   double (*register_products)(int64_t steps);
   float (*read_sum)(const float* values, int64_t count);
 };

@@ -1,0 +1,129 @@
+#include "moe/engine.h"
+
+#include <atomic>
+#include <new>
+
+#include "testing.h"
+
+namespace kt {
+namespace {
+
+struct Layer {
+  static constexpr int64_t kExperts = 4, kHidden = 24, kIntermediate = 16;
+
+  Layer() : layer({kExperts, kHidden, kIntermediate, Activation::kSilu, true, Format::kBf16}) {
+    std::mt19937 random(6);
+    for (int m = 0; m < kMatrixCount; ++m) {
+      const Matrix matrix = static_cast<Matrix>(m);
+      for (int64_t e = 0; e < kExperts; ++e) {
+        const std::vector<float> values = testing::RandomFloats(kHidden * kIntermediate, 0.2F, random);
+        layer.Write(matrix, e, {values.data(), DType::kF32, layer.columns(matrix), 1});
+      }
+    }
+  }
+  ExpertLayer layer;
+};
+
+// The data of one call, its sizes varying with `seed`.
+struct Work {
+  Work(const Layer& layer, int seed) {
+    std::mt19937 random(static_cast<uint32_t>(seed));
+    tokens = 1 + seed % 37;
+    x = testing::RandomFloats(tokens * Layer::kHidden, 1.0F, random);
+    y.resize(x.size());
+    dx.resize(x.size());
+    weights.assign(static_cast<size_t>(tokens * 2), 0.5F);
+    dw.resize(weights.size());
+    for (int64_t i = 0; i < tokens * 2; ++i) index.push_back(static_cast<int64_t>(random() % Layer::kExperts));
+    call.layer = &layer.layer;
+    call.tokens = tokens;
+    call.slots = 2;
+    call.hidden = x.data();
+    call.experts = index.data();
+    call.weights = weights.data();
+    call.output = y.data();
+    call.output_grad = x.data();
+    call.hidden_grad = dx.data();
+    call.weights_grad = dw.data();
+  }
+  int64_t tokens;
+  std::vector<float> x, y, dx, weights, dw;
+  std::vector<int64_t> index;
+  LayerCall call;
+};
+
+TEST(TicketsFromManyThreadsGiveTheResultsOfOne) {
+  const Layer layer;
+  constexpr int kThreads = 4, kCalls = 40;
+  std::vector<std::unique_ptr<Work>> expected;
+  {
+    Engine engine(1, {}, Tier::kAmx);
+    for (int i = 0; i < kThreads * kCalls; ++i) {
+      expected.push_back(std::make_unique<Work>(layer, i));
+      engine.SubmitForward(expected.back()->call)->Wait();
+      engine.SubmitBackward(expected.back()->call)->Wait();
+    }
+  }
+  Engine engine(3, {}, Tier::kAmx);
+  std::atomic<int> wrong{0};
+  std::vector<std::thread> threads;
+  for (int t = 0; t < kThreads; ++t) {
+    threads.emplace_back([&, t] {
+      for (int i = 0; i < kCalls; ++i) {
+        Work work(layer, t * kCalls + i);
+        const auto forward = engine.SubmitForward(work.call), backward = engine.SubmitBackward(work.call);
+        backward->Wait();
+        forward->Wait();
+        forward->Wait();  // waiting twice is fine
+        const Work& same = *expected[static_cast<size_t>(t * kCalls + i)];
+        if (work.y != same.y || work.dx != same.dx || work.dw != same.dw) wrong.fetch_add(1);
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  CHECK(wrong.load() == 0);
+  const EngineStats stats = engine.stats();
+  CHECK(stats.forward_calls == kThreads * kCalls && stats.backward_calls == kThreads * kCalls);
+  CHECK(stats.forward_tokens == stats.backward_tokens && stats.forward_seconds > 0 && stats.scratch_bytes > 0);
+}
+
+TEST(WhatWasSubmittedIsFinishedBeforeTheEngineGoes) {
+  const Layer layer;
+  Work work(layer, 11);
+  std::shared_ptr<Ticket> ticket;
+  {
+    Engine engine(2, {}, Tier::kPortable);
+    CHECK(engine.kernels().tier == Tier::kPortable && engine.threads() == 2);
+    for (int i = 0; i < 20; ++i) ticket = engine.SubmitForward(work.call);
+  }
+  CHECK(ticket->done());
+}
+
+TEST(AFailureReachesWhoeverWaits) {
+  const Layer layer;
+  Work work(layer, 5);
+  Engine engine(2, {}, Tier::kAmx);
+  const auto ticket = engine.Submit([] { throw std::bad_alloc(); });
+  CHECK_THROWS(ticket->Wait(), std::bad_alloc);
+  CHECK_THROWS(ticket->Wait(), std::bad_alloc);
+  engine.SubmitForward(work.call)->Wait();  // and the engine works on
+}
+
+TEST(ScratchDoesNotGrowWithRepetition) {
+  const Layer layer;
+  Engine engine(2, {}, Tier::kAmx);
+  for (int i = 0; i < 40; ++i) engine.SubmitBackward(Work(layer, i).call)->Wait();
+  const int64_t before = engine.stats().scratch_bytes;
+  for (int i = 0; i < 400; ++i) engine.SubmitBackward(Work(layer, i).call)->Wait();
+  CHECK(engine.stats().scratch_bytes == before);
+}
+
+TEST(TheMachinesPeakIsMeasured) {
+  Engine engine(2, {}, Tier::kAmx);
+  const MachinePeak peak = engine.MeasurePeak();
+  CHECK(peak.product_flops > 1e8 && peak.product_flops < 1e14);
+  CHECK(peak.read_bandwidth > 1e7 && peak.read_bandwidth < 1e13);
+}
+
+}  // namespace
+}  // namespace kt

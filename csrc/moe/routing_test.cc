@@ -1,0 +1,42 @@
+#include "moe/routing.h"
+
+#include "testing.h"
+
+namespace kt {
+namespace {
+
+TEST(RowsAreSortedByExpertAndKeepTokenOrder) {
+  const std::vector<int64_t> experts = {2, 0, 0, 2, 3, 1};  // three tokens, two slots; 3 is the sentinel
+  const std::vector<float> weights = {0.1F, 0.2F, 0.3F, 0.4F, 0.5F, 0.6F};
+  const Routing routing = SortByExpert(experts.data(), weights.data(), 3, 2, 3);
+  CHECK(routing.rows() == 5);
+  CHECK((routing.token_of == std::vector<int64_t>{0, 1, 2, 0, 1}));
+  CHECK((routing.weight_of == std::vector<float>{0.2F, 0.3F, 0.6F, 0.1F, 0.4F}));
+  CHECK((routing.place_of == std::vector<int64_t>{3, 0, 1, 4, -1, 2}));
+  CHECK(routing.blocks.size() == 3);
+  CHECK(routing.blocks[2].expert == 2 && routing.blocks[2].first == 3 && routing.blocks[2].rows == 2);
+}
+
+TEST(LongRunsAreCutIntoBlocks) {
+  const int64_t tokens = 3 * Routing::kBlockRows + 1;
+  const std::vector<int64_t> experts(static_cast<size_t>(tokens), 1);
+  const std::vector<float> weights(static_cast<size_t>(tokens), 1.0F);
+  const Routing routing = SortByExpert(experts.data(), weights.data(), tokens, 1, 2);
+  CHECK(routing.blocks.size() == 4);
+  int64_t next = 0;
+  for (const RowBlock& block : routing.blocks) {
+    CHECK(block.expert == 1 && block.first == next);
+    next += block.rows;
+  }
+  CHECK(next == tokens);
+}
+
+TEST(NothingRoutedGivesNoBlocks) {
+  const std::vector<int64_t> sentinel = {4, 4};
+  const std::vector<float> weights = {1.0F, 1.0F};
+  CHECK(SortByExpert(sentinel.data(), weights.data(), 1, 2, 4).blocks.empty());
+  CHECK(SortByExpert(nullptr, nullptr, 0, 2, 4).blocks.empty());
+}
+
+}  // namespace
+}  // namespace kt
