@@ -10,19 +10,23 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import make_tokenizer
 from llamafactory.train.tuner import run_exp
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoTokenizer,
     DeepseekV2Config,
     DeepseekV3Config,
     Glm4MoeConfig,
     GptOssConfig,
     MixtralConfig,
     PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    Qwen2VLImageProcessor,
     Qwen3_5MoeConfig,
     Qwen3MoeConfig,
+    Qwen3VLProcessor,
+    Qwen3VLVideoProcessor,
 )
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -116,9 +120,27 @@ CASES: dict[str, Callable[[int], PreTrainedConfig]] = {
 SAME_AS_ANOTHER = {"qwen3_235b_a22b_lora_sft", "glm4_6_lora_sft", "quickstart"}
 
 
-def make_model(folder: Path, make_config: Callable[[int], PreTrainedConfig]) -> None:
-    config = make_config(make_tokenizer(folder))
+def make_processor(folder: Path, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
+    """Gives the tokenizer the image tokens and the folder a processor, both of which LLaMA-Factory asks for."""
+    names = ["vision_start", "vision_end", "image", "video"]
+    tokens = [f"<|{name}{'_pad' if name in ('image', 'video') else ''}|>" for name in names]
+    tokenizer.add_tokens(tokens, special_tokens=True)
+    for name, token in zip(names, tokens, strict=True):
+        setattr(config, f"{name}_token_id", tokenizer.convert_tokens_to_ids(token))
+    patch_size = config.vision_config.patch_size
+    image, video = Qwen2VLImageProcessor(patch_size=patch_size), Qwen3VLVideoProcessor(patch_size=patch_size)
+    Qwen3VLProcessor(image, tokenizer, video).save_pretrained(folder)
+
+
+def make_model(
+    folder: Path, tokenizer: PreTrainedTokenizerBase, make_config: Callable[[int], PreTrainedConfig]
+) -> None:
+    # Room for the stop words that LLaMA-Factory's templates add to a tokenizer that lacks them.
+    config = make_config(len(tokenizer) + 16)
     image_text = type(config) in AutoModelForImageTextToText._model_mapping
+    tokenizer.save_pretrained(folder)
+    if image_text:
+        make_processor(folder, tokenizer, config)
     torch.manual_seed(0)
     model = (AutoModelForImageTextToText if image_text else AutoModelForCausalLM).from_config(config)
     model.to(torch.bfloat16).save_pretrained(folder)
@@ -130,8 +152,8 @@ def test_every_training_recipe_is_covered() -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_recipe_trains(name: str, tmp_path: Path, tiny_data: Path) -> None:
-    make_model(tmp_path / "model", CASES[name])
+def test_recipe_trains(name: str, tmp_path: Path, tiny_moe: Path, tiny_data: Path) -> None:
+    make_model(tmp_path / "model", AutoTokenizer.from_pretrained(tiny_moe), CASES[name])
     recipe: dict[str, Any] = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
     recipe |= {
         "model_name_or_path": str(tmp_path / "model"),
