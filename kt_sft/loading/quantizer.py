@@ -26,7 +26,7 @@ from kt_sft.loading.sharing import publish_store, shared_store
 from kt_sft.loading.streaming import stream
 
 # Attributes that transformers itself keeps on a model; nn.Module's annotations know nothing of them.
-_CONVERSIONS, _QUANTIZER = "_weight_conversions", "hf_quantizer"
+_CONVERSIONS, _QUANTIZER, _INITIALIZED = "_weight_conversions", "hf_quantizer", "_is_hf_initialized"
 
 
 class KTQuantizer(HfQuantizer):
@@ -192,7 +192,7 @@ def _keep_from_initializing(model: nn.Module, name: str) -> None:
     """
     block = model.get_submodule(name.rpartition(".")[0])
     if not [*block.parameters(recurse=False), *block.buffers(recurse=False)]:
-        setattr(block, "_is_hf_initialized", True)
+        setattr(block, _INITIALIZED, True)
 
 
 def _has_experts(module: nn.Module) -> bool:

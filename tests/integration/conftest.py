@@ -1,0 +1,53 @@
+"""Recipes for runs of LLaMA-Factory on the tiny model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+
+@pytest.fixture(scope="session")
+def base_recipe(tiny_moe: Path, tiny_data: Path) -> dict[str, Any]:
+    """An ordinary SFT recipe on the tiny model, without kt_sft."""
+    return {
+        "model_name_or_path": str(tiny_moe),
+        "stage": "sft",
+        "do_train": True,
+        "finetuning_type": "lora",
+        "lora_target": "q_proj,v_proj",
+        "lora_rank": 4,
+        "dataset": "sft",
+        "dataset_dir": str(tiny_data),
+        "template": "qwen",
+        "cutoff_len": 48,
+        "overwrite_output_dir": True,
+        "per_device_train_batch_size": 4,
+        "max_steps": 4,
+        "logging_steps": 1,
+        "save_steps": 2,
+        "learning_rate": 1.0e-2,
+        "lr_scheduler_type": "constant",
+        "dataloader_num_workers": 0,
+        "preprocessing_num_workers": 1,
+        "report_to": "none",
+        "bf16": True,
+        "use_cpu": True,
+        "seed": 7,
+    }
+
+
+@pytest.fixture
+def write_recipe(base_recipe: dict[str, Any], tmp_path: Path) -> Callable[..., Path]:
+    """Writes a recipe: the base one with changes; None removes a key. The run's folder is `tmp_path / "out"`."""
+
+    def write(**changes: Any) -> Path:
+        recipe = base_recipe | {"output_dir": str(tmp_path / "out")} | changes
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump({key: value for key, value in recipe.items() if value is not None}))
+        return path
+
+    return write

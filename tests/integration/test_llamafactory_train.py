@@ -1,0 +1,112 @@
+"""`llamafactory-cli train` with a kt_sft block, as subprocesses: every stage, resume, and several processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from commands import run_command, train_losses
+
+KT_SFT: dict[str, Any] = {"kt_sft": {}}
+WITHOUT_PLUGIN = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+
+
+@pytest.fixture(scope="session")
+def trained(base_recipe: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder and the output of one uninterrupted run of the base recipe with kt_sft."""
+    folder = tmp_path_factory.mktemp("trained")
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(base_recipe | KT_SFT | {"output_dir": str(folder / "out")}))
+    result = run_command(["llamafactory-cli", "train", str(recipe)])
+    assert result.returncode == 0, result.stdout
+    return folder / "out", result.stdout
+
+
+def test_training_learns_and_says_what_runs(trained: tuple[Path, str]) -> None:
+    output, log = trained
+    losses = train_losses(output)
+    assert len(losses) == 4
+    assert losses[-1] < losses[0]
+    assert (output / "adapter_model.safetensors").exists()
+    assert "routed experts on the CPU: 16 experts in 2 layers, bf16" in log
+    assert "tier " in log
+
+
+def test_resume_continues_as_if_uninterrupted(
+    trained: tuple[Path, str], write_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    uninterrupted = train_losses(trained[0])
+    checkpoint = trained[0] / "checkpoint-2"
+    recipe = write_recipe(**KT_SFT, resume_from_checkpoint=str(checkpoint), overwrite_output_dir=None)
+
+    result = run_command(["llamafactory-cli", "train", str(recipe)])
+
+    assert result.returncode == 0, result.stdout
+    assert train_losses(tmp_path / "out") == uninterrupted
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({"stage": "pt", "dataset": "pt"}, id="pt"),
+        pytest.param({"stage": "dpo", "dataset": "pair", "pref_beta": 0.1}, id="dpo"),
+        pytest.param({"stage": "kto", "dataset": "kto", "pref_beta": 0.1}, id="kto"),
+        pytest.param({"stage": "rm", "dataset": "pair"}, id="rm"),
+    ],
+)
+def test_other_stages(changes: dict[str, Any], write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    recipe = write_recipe(**KT_SFT, **changes, max_steps=3, save_steps=3)
+
+    result = run_command(["llamafactory-cli", "train", str(recipe)])
+
+    assert result.returncode == 0, result.stdout
+    losses = train_losses(tmp_path / "out")
+    assert len(losses) == 3
+    assert all(0 < loss < 20 for loss in losses)
+    assert len(set(losses)) == 3, "the loss does not move: nothing is trained"
+    assert "routed experts on the CPU" in result.stdout
+
+
+def test_two_processes_under_torchrun(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    recipe = write_recipe(**KT_SFT, max_steps=2, ddp_backend="gloo")
+    environment = {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "2", "MASTER_PORT": "29711"}
+
+    result = run_command(["llamafactory-cli", "train", str(recipe)], environment=environment)
+
+    assert result.returncode == 0, result.stdout
+    assert len(train_losses(tmp_path / "out")) == 2
+    assert "world size: 2" in result.stdout
+    assert result.stdout.count("routed experts on the CPU") == 1  # said once, not by every process
+
+
+def test_accelerate_launch(trained: tuple[Path, str], write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    recipe = write_recipe(**KT_SFT, max_steps=2)
+    launch = ["accelerate", "launch", "--cpu", "--num_processes", "1", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", "llamafactory.launcher", str(recipe)]
+
+    result = run_command(launch)
+
+    assert result.returncode == 0, result.stdout
+    assert train_losses(tmp_path / "out") == train_losses(trained[0])[:2]
+
+
+def test_recipe_with_the_key_is_refused_where_kt_sft_is_not_active(write_recipe: Callable[..., Path]) -> None:
+    result = run_command(["llamafactory-cli", "train", str(write_recipe(**KT_SFT))], environment=WITHOUT_PLUGIN)
+
+    assert result.returncode != 0
+    assert "kt_sft" in result.stdout
+    assert "are not used by the HfArgumentParser" in result.stdout
+
+
+def test_recipe_without_the_key_trains_as_without_kt_sft(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    losses = []
+    for environment in ({}, WITHOUT_PLUGIN):
+        result = run_command(["llamafactory-cli", "train", str(write_recipe(max_steps=3))], environment=environment)
+        assert result.returncode == 0, result.stdout
+        assert "routed experts on the CPU" not in result.stdout
+        losses.append(train_losses(tmp_path / "out"))
+
+    assert losses[0] == losses[1]
