@@ -14,23 +14,6 @@ from llamafactory.model.model_utils import attention
 from transformers import GptOssConfig, Qwen3MoeConfig
 
 
-def tiny_config(vocab_size: int = 512) -> GptOssConfig:
-    return GptOssConfig(
-        vocab_size=vocab_size,
-        hidden_size=32,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        num_local_experts=4,
-        num_experts_per_tok=2,
-        max_position_embeddings=512,
-        sliding_window=16,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-    )
-
-
 def arguments(flash_attn: str, block: Any) -> SimpleNamespace:
     return SimpleNamespace(flash_attn=flash_attn, kt_sft=block)
 
@@ -42,20 +25,20 @@ def test_the_loader_uses_the_seam() -> None:
 
 @pytest.mark.parametrize("flash_attn", ["disabled", "auto"])
 def test_gpt_oss_with_the_block_gets_eager_attention(flash_attn: str) -> None:
-    config = tiny_config()
+    config = GptOssConfig()
     attention.configure_attn_implementation(config, arguments(flash_attn, {}))
     assert config._attn_implementation == "eager"
 
 
 def test_what_was_asked_for_explicitly_is_not_replaced() -> None:
     with pytest.raises(ImportError):
-        attention.configure_attn_implementation(tiny_config(), arguments("fa3", {}))
+        attention.configure_attn_implementation(GptOssConfig(), arguments("fa3", {}))
 
 
 def test_without_the_block_nothing_changes() -> None:
     # Fails once LLaMA-Factory and transformers agree again: then this seam can go.
     with pytest.raises(ImportError, match="load_and_register_kernel"):
-        attention.configure_attn_implementation(tiny_config(), arguments("disabled", ""))
+        attention.configure_attn_implementation(GptOssConfig(), arguments("disabled", ""))
 
 
 def test_other_models_are_left_to_llamafactory() -> None:
