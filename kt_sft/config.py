@@ -57,7 +57,7 @@ class KTConfig(QuantizationConfigMixin):
     num_threads: int | None = None
     activation_policy: str = "retain"
     lora_experts: bool = False
-    quant_method: str = QUANT_METHOD
+    quant_method: str = QUANT_METHOD  # type: ignore[assignment]  # upstream types it as its own enum
 
     def __post_init__(self) -> None:
         self._check_choice("expert_format", EXPERT_FORMATS)
@@ -123,7 +123,9 @@ class KTConfig(QuantizationConfigMixin):
                 f"use one of auto, {', '.join(AVAILABLE_FORMATS)}"
             )
         if self.compute != "bf16":
-            raise ConfigError("kt_sft: compute 'int8' needs int8 or int4 experts, not available in this version; use bf16")
+            raise ConfigError(
+                "kt_sft: compute 'int8' needs int8 or int4 experts, not available in this version; use bf16"
+            )
         if self.group_size is not None:
             raise ConfigError("kt_sft: group_size applies to quantised formats only; leave it out for bf16 experts")
         if self.zero_point:

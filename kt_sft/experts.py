@@ -17,112 +17,117 @@ from kt_sft.engine.engine import get_engine
 from kt_sft.engine.store import LayerStore, dtype_name
 
 
-@dataclasses.dataclass
-class _Call:
-    """One forward of one layer, between its submit and its await.
+@dataclasses.dataclass(frozen=True)
+class _Tensors:
+    """What one forward of a layer reads and writes, on the CPU."""
 
-    Attributes hold CPU tensors: x_TH (the hidden states' dtype), idx_TK int64, w_TK FP32, y_TH (written by the engine), pre_SI the
-    retained pre-activations in BF16 or None.
-    """
+    x_TH: Tensor  # in the hidden states' dtype
+    idx_TK: Tensor  # int64
+    w_TK: Tensor  # FP32
+    y_TH: Tensor  # written by the engine
+    pre_SI: Tensor | None  # retained pre-activations, BF16 [T·K, 2I]; None: not wanted, or to be recomputed
+
+
+@dataclasses.dataclass
+class _Link:
+    """What the two nodes of one call share: the engine's ticket, and the gradients it writes in backward."""
 
     experts: CpuExperts
     device: torch.device
-    x_TH: Tensor
-    idx_TK: Tensor
-    w_TK: Tensor
-    y_TH: Tensor
-    pre_SI: Tensor | None
     ticket: Any = None
-    grads: tuple[Tensor | None, Tensor | None] = (None, None)
+    x_grad: Tensor | None = None
+    w_grad: Tensor | None = None
 
-
-def _submit_forward(call: _Call) -> None:
-    tokens, slots = call.idx_TK.shape
-    held = (call.x_TH, call.idx_TK, call.w_TK, call.y_TH, call.pre_SI)
-    call.ticket = call.experts.engine.submit_forward(
-        layer=call.experts.store.native,
-        tokens=tokens,
-        slots=slots,
-        dtype=dtype_name(call.x_TH.dtype, "hidden_states"),
-        hidden=call.x_TH.data_ptr(),
-        experts=call.idx_TK.data_ptr(),
-        weights=call.w_TK.data_ptr(),
-        retained=0 if call.pre_SI is None else call.pre_SI.data_ptr(),
-        output=call.y_TH.data_ptr(),
-        held=held,
-    )
+    def wait(self) -> None:
+        """Returns when the engine is done; raises what it raised."""
+        ticket, self.ticket = self.ticket, None
+        ticket.wait()
 
 
 class _Submit(torch.autograd.Function):
     """Hands the tokens to the engine; its backward awaits the gradients that `_Await`'s backward asked for.
 
-    What is computed between the two nodes runs beside the engine in forward, and autograd, which runs nodes in reverse, lets the same work run beside it
-    in backward.
+    What is computed between the two nodes runs beside the engine in forward, and autograd, which runs nodes in reverse,
+    lets the same work run beside it in backward.
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden_states: Tensor, top_k_weights: Tensor, call: _Call) -> Tensor:
-        ctx.call = call
+    def forward(ctx: Any, hidden_states: Tensor, top_k_weights: Tensor, tensors: _Tensors, link: _Link) -> Tensor:
+        ctx.link = link
         ctx.weights_dtype = top_k_weights.dtype
-        _submit_forward(call)
+        tokens, slots = tensors.idx_TK.shape
+        link.ticket = link.experts.engine.submit_forward(
+            layer=link.experts.store.native,
+            tokens=tokens,
+            slots=slots,
+            dtype=dtype_name(tensors.x_TH.dtype, "hidden_states"),
+            hidden=tensors.x_TH.data_ptr(),
+            experts=tensors.idx_TK.data_ptr(),
+            weights=tensors.w_TK.data_ptr(),
+            retained=_address(tensors.pre_SI),
+            output=tensors.y_TH.data_ptr(),
+            held=tensors,
+        )
         # Ties the two nodes together; nothing reads its value.
         return hidden_states.new_zeros(())
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        call = ctx.call
-        call.ticket.wait()
-        call.ticket = None
-        (x_grad, w_grad), call.grads = call.grads, (None, None)
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        link = ctx.link
+        link.wait()
+        x_grad, link.x_grad = link.x_grad, None
+        w_grad, link.w_grad = link.w_grad, None
         if x_grad is not None:
-            x_grad = x_grad.to(call.device)
+            x_grad = x_grad.to(link.device)
         if w_grad is not None:
-            w_grad = w_grad.to(call.device, ctx.weights_dtype)
-        return x_grad, w_grad, None
+            w_grad = w_grad.to(link.device, ctx.weights_dtype)
+        return x_grad, w_grad, None, None
 
 
 class _Await(torch.autograd.Function):
     """Turns a submitted call into its output; its backward hands the output's gradient to the engine."""
 
     @staticmethod
-    def forward(ctx: Any, _link: Tensor, call: _Call, x_wanted: bool, w_wanted: bool) -> Tensor:
-        call.ticket.wait()
-        call.ticket = None
-        ctx.call = call
+    def forward(ctx: Any, _: Tensor, tensors: _Tensors, link: _Link, x_wanted: bool, w_wanted: bool) -> Tensor:
+        link.wait()
+        ctx.link = link
         ctx.wanted = (x_wanted, w_wanted)
-        # With retained pre-activations backward needs no hidden states. Shapes do not depend on the routing, as non-reentrant checkpointing demands.
-        ctx.save_for_backward(call.x_TH if call.pre_SI is None else None, call.idx_TK, call.w_TK, call.pre_SI)
-        output = call.y_TH.to(call.device)
-        call.x_TH = call.idx_TK = call.w_TK = call.y_TH = call.pre_SI = None
-        return output
+        # With retained pre-activations backward needs no hidden states. Shapes do not depend on the routing, as
+        # non-reentrant checkpointing demands.
+        x_TH = tensors.x_TH if tensors.pre_SI is None else None
+        ctx.save_for_backward(x_TH, tensors.idx_TK, tensors.w_TK, tensors.pre_SI)
+        return tensors.y_TH.to(link.device)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, y_grad: Tensor) -> tuple[Tensor, None, None, None]:
-        call = ctx.call
+    def backward(ctx: Any, y_grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        link = ctx.link
         x_TH, idx_TK, w_TK, pre_SI = ctx.saved_tensors
         x_wanted, w_wanted = ctx.wanted
         dy_TH = y_grad.detach().to("cpu").contiguous()
-        dx_TH = torch.empty_like(dy_TH) if x_wanted else None
-        dw_TK = torch.empty_like(w_TK) if w_wanted else None
+        link.x_grad = torch.empty_like(dy_TH) if x_wanted else None
+        link.w_grad = torch.empty_like(w_TK) if w_wanted else None
         tokens, slots = idx_TK.shape
-        call.grads = (dx_TH, dw_TK)
-        call.ticket = call.experts.engine.submit_backward(
-            layer=call.experts.store.native,
+        link.ticket = link.experts.engine.submit_backward(
+            layer=link.experts.store.native,
             tokens=tokens,
             slots=slots,
             dtype=dtype_name(dy_TH.dtype, "the output's gradient"),
-            hidden=0 if x_TH is None else x_TH.data_ptr(),
+            hidden=_address(x_TH),
             experts=idx_TK.data_ptr(),
             weights=w_TK.data_ptr(),
-            retained=0 if pre_SI is None else pre_SI.data_ptr(),
+            retained=_address(pre_SI),
             output_grad=dy_TH.data_ptr(),
-            hidden_grad=0 if dx_TH is None else dx_TH.data_ptr(),
-            weights_grad=0 if dw_TK is None else dw_TK.data_ptr(),
-            held=(x_TH, idx_TK, w_TK, pre_SI, dy_TH, dx_TH, dw_TK),
+            hidden_grad=_address(link.x_grad),
+            weights_grad=_address(link.w_grad),
+            held=(x_TH, idx_TK, w_TK, pre_SI, dy_TH, link.x_grad, link.w_grad),
         )
-        return y_grad.new_zeros(()), None, None, None
+        return y_grad.new_zeros(()), None, None, None, None
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 class CpuExperts(nn.Module):
@@ -160,7 +165,8 @@ class CpuExperts(nn.Module):
             gate_up_proj: [E, 2I, H], gate rows first; [E, I, H] for ungated experts. FP32, FP16 or BF16, any device.
             down_proj: [E, H, I].
             config: Settings; None for the defaults.
-            activation: "silu", "gelu", "gelu_pytorch_tanh", "relu2" or "swiglu_oai" (gpt-oss: clamp 7, alpha 1.702, up + 1).
+            activation: "silu", "gelu", "gelu_pytorch_tanh", "relu2" or "swiglu_oai" (gpt-oss: clamp 7, alpha 1.702, up
+                + 1).
             gate_up_bias: [E, 2I] ([E, I] ungated).
             down_bias: [E, H].
 
@@ -183,7 +189,9 @@ class CpuExperts(nn.Module):
         )
         for expert in range(experts):
             gate_up = gate_up_proj[expert].detach().cpu()
-            parts = dict(zip(store.matrices, (*gate_up.chunk(2 if gated else 1), down_proj[expert].detach().cpu()), strict=True))
+            parts = dict(
+                zip(store.matrices, (*gate_up.chunk(2 if gated else 1), down_proj[expert].detach().cpu()), strict=True)
+            )
             for matrix, source in parts.items():
                 try:
                     store.write(matrix, expert, source)
@@ -197,7 +205,9 @@ class CpuExperts(nn.Module):
         return get_engine(self.config.num_threads)
 
     def dequantized(self) -> tuple[Tensor, Tensor]:
-        """FP32 gate_up [E, 2I, H] ([E, I, H] ungated) and down [E, H, I]: what the kernels effectively multiply by, without biases."""
+        """FP32 gate_up [E, 2I, H] ([E, I, H] ungated) and down [E, H, I]: what the kernels effectively multiply by,
+        without biases.
+        """
         return self.store.dequantized()
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -220,11 +230,14 @@ class CpuExperts(nn.Module):
         grad_wanted = torch.is_grad_enabled()
         x_wanted = grad_wanted and hidden_states.requires_grad
         w_wanted = grad_wanted and top_k_weights.requires_grad
-        call = self._new_call(hidden_states, top_k_index, top_k_weights, backward_wanted=x_wanted or w_wanted)
-        link = _Submit.apply(hidden_states, top_k_weights, call)
-        return _Await.apply(link, call, x_wanted, w_wanted)
+        tensors = self._tensors(hidden_states, top_k_index, top_k_weights, backward_wanted=x_wanted or w_wanted)
+        link = _Link(self, hidden_states.device)
+        submitted = _Submit.apply(hidden_states, top_k_weights, tensors, link)
+        return _Await.apply(submitted, tensors, link, x_wanted, w_wanted)
 
-    def _new_call(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, backward_wanted: bool) -> _Call:
+    def _tensors(
+        self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, backward_wanted: bool
+    ) -> _Tensors:
         x_TH = hidden_states.detach().to("cpu").contiguous()
         idx_TK = top_k_index.detach().to("cpu", torch.int64).contiguous()
         w_TK = top_k_weights.detach().to("cpu", torch.float32).contiguous()
@@ -232,24 +245,30 @@ class CpuExperts(nn.Module):
             low, high = (int(bound) for bound in idx_TK.aminmax())
             if low < 0 or high > self.num_experts:
                 raise IndexError(
-                    f"kt_sft: top_k_index holds {low if low < 0 else high}; valid are 0 to {self.num_experts - 1}, and {self.num_experts} for no expert"
+                    f"kt_sft: top_k_index holds {low if low < 0 else high}; valid are 0 to {self.num_experts - 1}, "
+                    f"and {self.num_experts} for no expert"
                 )
         pre_SI = None
         if backward_wanted and self.config.activation_policy == "retain":
             columns = self.intermediate_dim * (2 if self.store.gated else 1)
             pre_SI = torch.from_numpy(self.engine.take_bf16(idx_TK.numel(), columns)).view(torch.bfloat16)
-        return _Call(self, hidden_states.device, x_TH, idx_TK, w_TK, torch.empty_like(x_TH), pre_SI)
+        return _Tensors(x_TH, idx_TK, w_TK, torch.empty_like(x_TH), pre_SI)
 
     def _check_inputs(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> None:
         if hidden_states.dim() != 2 or hidden_states.shape[1] != self.hidden_dim:
             raise ValueError(f"kt_sft: hidden_states must be [T, {self.hidden_dim}], got {tuple(hidden_states.shape)}")
         dtype_name(hidden_states.dtype, "hidden_states")
         if top_k_index.dim() != 2 or top_k_index.shape[0] != hidden_states.shape[0] or top_k_index.shape[1] < 1:
-            raise ValueError(f"kt_sft: top_k_index must be [{hidden_states.shape[0]}, K], got {tuple(top_k_index.shape)}")
+            raise ValueError(
+                f"kt_sft: top_k_index must be [{hidden_states.shape[0]}, K], got {tuple(top_k_index.shape)}"
+            )
         if top_k_index.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"kt_sft: top_k_index has dtype {top_k_index.dtype}; use torch.int64 or torch.int32")
         if top_k_weights.shape != top_k_index.shape:
-            raise ValueError(f"kt_sft: top_k_weights must be {tuple(top_k_index.shape)} like top_k_index, got {tuple(top_k_weights.shape)}")
+            raise ValueError(
+                f"kt_sft: top_k_weights must be {tuple(top_k_index.shape)} like top_k_index, "
+                f"got {tuple(top_k_weights.shape)}"
+            )
         if not top_k_weights.is_floating_point():
             raise TypeError(f"kt_sft: top_k_weights has dtype {top_k_weights.dtype}; use a floating point dtype")
 
@@ -257,7 +276,8 @@ class CpuExperts(nn.Module):
         """What `print(model)` shows of this layer."""
         return (
             f"num_experts={self.num_experts}, hidden_dim={self.hidden_dim}, intermediate_dim={self.intermediate_dim}, "
-            f"activation={self.store.activation}, expert_format={self.store.expert_format}, mebibytes={self.store.nbytes >> 20}"
+            f"activation={self.store.activation}, expert_format={self.store.expert_format}, "
+            f"mebibytes={self.store.nbytes >> 20}"
         )
 
 
@@ -265,12 +285,14 @@ def _check_shapes(gate_up_proj: Tensor, down_proj: Tensor) -> tuple[int, int, in
     """The layer's (E, H, I)."""
     if down_proj.dim() != 3 or gate_up_proj.dim() != 3:
         raise ValueError(
-            f"kt_sft: gate_up_proj must be [E, 2I, H] and down_proj [E, H, I], got {tuple(gate_up_proj.shape)} and {tuple(down_proj.shape)}"
+            f"kt_sft: gate_up_proj must be [E, 2I, H] and down_proj [E, H, I], "
+            f"got {tuple(gate_up_proj.shape)} and {tuple(down_proj.shape)}"
         )
     experts, hidden, intermediate = down_proj.shape
     if tuple(gate_up_proj.shape) not in ((experts, 2 * intermediate, hidden), (experts, intermediate, hidden)):
         raise ValueError(
-            f"kt_sft: with down_proj {tuple(down_proj.shape)}, gate_up_proj must be {(experts, 2 * intermediate, hidden)}, "
-            f"or {(experts, intermediate, hidden)} without a gate; got {tuple(gate_up_proj.shape)}"
+            f"kt_sft: with down_proj {tuple(down_proj.shape)}, gate_up_proj must be "
+            f"{(experts, 2 * intermediate, hidden)}, or {(experts, intermediate, hidden)} without a gate; "
+            f"got {tuple(gate_up_proj.shape)}"
         )
     return experts, hidden, intermediate

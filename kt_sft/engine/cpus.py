@@ -34,7 +34,8 @@ def cgroup_cpu_limit(root: Path = _CGROUP_ROOT) -> float | None:
 def engine_cpus(num_threads: int | None) -> tuple[int, list[int]]:
     """How many threads the engine runs and the CPUs they are pinned to.
 
-    The usable CPUs are divided among the processes that a launcher started on this machine. Threads are pinned only when there is one for each CPU of
+    The usable CPUs are divided among the processes that a launcher started on this machine. Threads are pinned only
+    when there is one for each CPU of
     this process's share: fewer could be pinned behind somebody else's work while other CPUs idle.
 
     Args:

@@ -21,7 +21,8 @@ _lock = threading.Lock()
 def get_engine(num_threads: int | None = None) -> Any:
     """The running engine for that many threads, started on first use.
 
-    There is one for each number of threads and tier asked for, usually one in all. A forked child, which has none of its parent's threads, starts its own.
+    There is one for each number of threads and tier asked for, usually one in all. A forked child, which has none of
+    its parent's threads, starts its own.
 
     Args:
         num_threads: None for this process's share of the machine's CPUs.
@@ -54,7 +55,8 @@ def _warn_if_lowered(limit: str | None) -> None:
 
 @atexit.register
 def _stop() -> None:
-    # Joined before the interpreter is torn down; an inherited engine of a parent process has no threads to join and is left alone.
+    # Joined before the interpreter is torn down; an inherited engine of a parent process has no threads to join and
+    # is left alone.
     with _lock:
         for key in [key for key in _engines if key[0] == os.getpid()]:
             del _engines[key]

@@ -22,8 +22,10 @@ def system_info(num_threads: int | None = None) -> dict[str, Any]:
         num_threads: As in KTConfig.
 
     Returns:
-        A plain dict: `tier` (in use), `tiers` (available, lowest first), `threads`, `cpu`, `cpus` (usable), `cpu_limit` (the container's, in CPUs, or None),
-        `numa_nodes`, `formats`, `peak_gflops` (of the tier's products, all threads), `peak_gflops_per_thread`, `read_bandwidth_gbs` (from memory, all threads, 1e9 bytes per second),
+        A plain dict: `tier` (in use), `tiers` (available, lowest first), `threads`, `cpu`, `cpus` (usable), `cpu_limit`
+        (the container's, in CPUs, or None),
+        `numa_nodes`, `formats`, `peak_gflops` (of the tier's products, all threads), `peak_gflops_per_thread`,
+        `read_bandwidth_gbs` (from memory, all threads, 1e9 bytes per second),
         `memory_total_bytes`, `memory_available_bytes` (the container's limit counted).
 
     Raises:
@@ -48,7 +50,7 @@ def system_info(num_threads: int | None = None) -> dict[str, Any]:
     }
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _measured(engine: Any) -> tuple[float, float]:
     return engine.measure_peak()
 
@@ -59,7 +61,9 @@ def numa_nodes(root: Path = _NODES) -> int:
 
 
 def available_memory(meminfo: Path = Path("/proc/meminfo"), cgroup: Path = _CGROUP_ROOT) -> int:
-    """Bytes of memory that can be had without swapping: what the kernel has available, or what the container has left of its limit if that is less."""
+    """Bytes of memory that can be had without swapping: what the kernel has available, or what the container has left
+    of its limit if that is less.
+    """
     available = 0
     for line in meminfo.read_text().splitlines():
         if line.startswith("MemAvailable:"):

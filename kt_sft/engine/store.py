@@ -30,7 +30,8 @@ def dtype_name(dtype: torch.dtype, what: str) -> str:
 class LayerStore:
     """The weights of one layer's E experts: one copy, rows in the checkpoint's order, gate and up [I, H], down [H, I].
 
-    It is a plain object, neither module nor tensor: moving or casting a model leaves it alone, and copying one shares it.
+    It is a plain object, neither module nor tensor: moving or casting a model leaves it alone, and copying one shares
+    it.
 
     Args:
         num_experts: E.
@@ -60,7 +61,9 @@ class LayerStore:
         expert_format: str = "bf16",
     ) -> None:
         if expert_format not in _native.formats():
-            raise ValueError(f"kt_sft: the engine has no format {expert_format!r}; it has {', '.join(_native.formats())}")
+            raise ValueError(
+                f"kt_sft: the engine has no format {expert_format!r}; it has {', '.join(_native.formats())}"
+            )
         self.num_experts = num_experts
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
@@ -97,7 +100,8 @@ class LayerStore:
             source: [rows, columns] on the CPU, FP32, FP16 or BF16, with any strides; rounded to the store's format.
 
         Raises:
-            ValueError: The shape is wrong, or a value is not finite (or becomes infinite in BF16); the message names its place.
+            ValueError: The shape is wrong, or a value is not finite (or becomes infinite in BF16); the message names
+                its place.
             TypeError: The dtype is not supported.
         """
         if tuple(source.shape) != self.shape(matrix):

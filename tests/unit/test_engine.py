@@ -1,0 +1,131 @@
+"""The engine's face: tier choice, threads, CPUs, memory limits, forks."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import pytest
+import torch
+
+import kt_sft
+from kt_sft.config import TIERS, ConfigError
+from kt_sft.engine import cpus, info
+from kt_sft.engine.engine import available_tiers, get_engine
+
+
+@pytest.mark.parametrize("tier", available_tiers())
+def test_isa_lowers_the_tier(monkeypatch, tier):
+    monkeypatch.setenv("KT_SFT_ISA", tier)
+    assert get_engine().tier == tier
+    assert kt_sft.system_info()["tier"] == tier
+
+
+def test_a_tier_above_the_cpu_is_lowered_with_a_warning(monkeypatch, caplog):
+    best = available_tiers()[-1]
+    above = TIERS[TIERS.index(best) + 1 :]
+    if not above:
+        pytest.skip("this CPU has the highest tier")
+    monkeypatch.setenv("KT_SFT_ISA", above[-1])
+    with caplog.at_level(logging.WARNING):
+        engine = get_engine(num_threads=3)
+    assert engine.tier == best
+    assert f"using {best}" in caplog.text
+
+
+def test_an_unknown_tier_is_an_error(monkeypatch):
+    monkeypatch.setenv("KT_SFT_ISA", "avx1024")
+    with pytest.raises(ConfigError, match="avx1024"):
+        get_engine()
+
+
+def test_there_is_one_engine_for_a_number_of_threads():
+    assert get_engine(2) is get_engine(2)
+    assert get_engine(2) is not get_engine(3)
+    assert get_engine(3).threads == 3
+    with pytest.raises(ConfigError, match="at most 1024"):
+        get_engine(5000)
+
+
+def test_a_forked_child_starts_its_own_engine():
+    layer = kt_sft.CpuExperts.from_weights(torch.randn(2, 8, 6), torch.randn(2, 6, 4))
+    args = (torch.randn(3, 6), torch.tensor([[0], [1], [0]]), torch.ones(3, 1))
+    expected = layer(*args)
+    child = os.fork()
+    if child == 0:  # the parent's threads do not exist here: a call to its engine would wait for ever
+        torch.set_num_threads(1)
+        os._exit(0 if torch.equal(layer(*args), expected) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+class TestCpus:
+    @pytest.fixture(autouse=True)
+    def machine(self, monkeypatch):
+        monkeypatch.setattr(cpus, "usable_cpus", lambda: list(range(8)))
+        monkeypatch.setattr(cpus, "cgroup_cpu_limit", lambda: None)
+        monkeypatch.delenv("LOCAL_RANK", raising=False)
+        monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+
+    def test_a_lone_process_takes_and_pins_all(self):
+        assert cpus.engine_cpus(None) == (8, list(range(8)))
+
+    def test_fewer_or_more_threads_are_not_pinned(self):
+        assert cpus.engine_cpus(3) == (3, [])
+        assert cpus.engine_cpus(20) == (20, [])
+
+    @pytest.mark.parametrize(("rank", "share"), [(0, [0, 1]), (1, [2, 3, 4]), (2, [5, 6, 7])])
+    def test_processes_of_a_launcher_divide_them(self, monkeypatch, rank, share):
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+        assert cpus.engine_cpus(None) == (len(share), share)
+
+    def test_more_processes_than_cpus_still_get_one_each(self, monkeypatch):
+        monkeypatch.setenv("LOCAL_RANK", "9")
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "12")
+        threads, pinned = cpus.engine_cpus(None)
+        assert threads == 1
+        assert len(pinned) == 1
+
+    def test_a_containers_limit_counts(self, monkeypatch):
+        monkeypatch.setattr(cpus, "cgroup_cpu_limit", lambda: 2.5)
+        assert cpus.engine_cpus(None) == (3, [])
+
+
+@pytest.mark.parametrize(
+    ("files", "limit"),
+    [
+        ({"cpu.max": "max 100000"}, None),
+        ({"cpu.max": "250000 100000"}, 2.5),
+        ({"cpu/cpu.cfs_quota_us": "150000", "cpu/cpu.cfs_period_us": "100000"}, 1.5),
+        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, None),
+        ({}, None),
+    ],
+)
+def test_cgroup_cpu_limit(tmp_path, files, limit):
+    for name, content in files.items():
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(content)
+    assert cpus.cgroup_cpu_limit(tmp_path) == limit
+
+
+def test_available_memory_is_the_lesser_of_machine_and_container(tmp_path):
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text("MemTotal: 4000 kB\nMemAvailable: 3000 kB\n")
+    group = tmp_path / "cgroup"
+    assert info.available_memory(meminfo, group) == 3000 * 1024
+    group.mkdir()
+    (group / "memory.max").write_text("1000000")
+    (group / "memory.current").write_text("900000")
+    (group / "memory.stat").write_text("anon 500000\ninactive_file 300000\n")
+    assert info.available_memory(meminfo, group) == 400000
+    (group / "memory.max").write_text("max")
+    assert info.available_memory(meminfo, group) == 3000 * 1024
+
+
+def test_numa_nodes_are_counted(tmp_path):
+    assert info.numa_nodes(tmp_path) == 1
+    for node in range(3):
+        (tmp_path / f"node{node}").mkdir()
+    (tmp_path / "possible").mkdir()
+    assert info.numa_nodes(tmp_path) == 3

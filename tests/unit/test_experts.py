@@ -1,0 +1,342 @@
+"""CpuExperts as a module: the public interface as DESIGN.md words it, autograd in all its forms, and bad input."""
+
+from __future__ import annotations
+
+import copy
+import threading
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+import kt_sft
+
+E, H, I, T, K = 6, 24, 16, 20, 2
+
+
+@pytest.fixture
+def weights():
+    torch.manual_seed(0)
+    return torch.randn(E, 2 * I, H) / H**0.5, torch.randn(E, H, I) / I**0.5
+
+
+@pytest.fixture
+def experts(weights):
+    return kt_sft.CpuExperts.from_weights(*weights)
+
+
+@pytest.fixture
+def inputs():
+    torch.manual_seed(1)
+    return torch.randn(T, H), torch.randint(0, E, (T, K)), torch.rand(T, K)
+
+
+def grads(function, inputs):
+    x, w = inputs[0].clone().requires_grad_(), inputs[2].clone().requires_grad_()
+    y = function(x, inputs[1], w)
+    y.square().sum().backward()
+    return y.detach(), x.grad, w.grad
+
+
+def same(a, b):
+    return all(torch.equal(left, right) for left, right in zip(a, b, strict=True))
+
+
+class TestPublicInterface:
+    def test_one_layer_without_a_model(self, weights):
+        gate_up_proj, down_proj = weights
+        layer = kt_sft.CpuExperts.from_weights(
+            gate_up_proj, down_proj, config=kt_sft.KTConfig(expert_format="bf16"), activation="silu"
+        )
+        hidden_states = torch.randn(T, H, dtype=torch.bfloat16, requires_grad=True)
+        top_k_weights = torch.rand(T, K, requires_grad=True)
+        y = layer(hidden_states, torch.randint(0, E, (T, K)), top_k_weights)
+        assert y.shape == (T, H)
+        assert y.dtype == torch.bfloat16
+        y.sum().backward()
+        assert hidden_states.grad.dtype == torch.bfloat16
+        assert top_k_weights.grad.dtype == torch.float32
+        gate_up, down = layer.dequantized()
+        assert gate_up.dtype == down.dtype == torch.float32
+        assert torch.equal(gate_up, gate_up_proj.bfloat16().float())
+        assert torch.equal(down, down_proj.bfloat16().float())
+
+    def test_ungated_experts_pass_one_matrix(self, weights):
+        gate_up, down = weights
+        layer = kt_sft.CpuExperts.from_weights(gate_up[:, :I], down, activation="relu2")
+        assert layer.dequantized()[0].shape == (E, I, H)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+    def test_weights_of_any_float_dtype_and_odd_sizes(self, dtype):
+        gate_up, down = torch.randn(1, 6, 5).to(dtype), torch.randn(1, 5, 3).to(dtype)
+        stored = kt_sft.CpuExperts.from_weights(gate_up, down).dequantized()
+        assert torch.equal(stored[0], gate_up.bfloat16().float())
+        assert torch.equal(stored[1], down.bfloat16().float())
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("weights_dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_results_have_their_inputs_dtypes(self, experts, inputs, dtype, weights_dtype):
+        x, idx, w = inputs
+        y, dx, dw = grads(experts, (x.to(dtype), idx, w.to(weights_dtype)))
+        assert (y.dtype, dx.dtype, dw.dtype) == (dtype, dtype, weights_dtype)
+
+    def test_int32_and_int64_indices_are_the_same(self, experts, inputs):
+        x, idx, w = inputs
+        assert torch.equal(experts(x, idx.int(), w), experts(x, idx, w))
+
+    def test_non_contiguous_inputs(self, experts, inputs):
+        x, idx, w = inputs
+        strided = experts(x.T.contiguous().T, idx.T.contiguous().T, w.T.contiguous().T)
+        assert torch.equal(strided, experts(x, idx, w))
+
+    def test_system_info_is_a_plain_dict_of_facts(self):
+        info = kt_sft.system_info()
+        assert type(info) is dict
+        assert info["tier"] in ("portable", "avx2", "avx512", "avx512_bf16", "amx")
+        assert info["tier"] in info["tiers"]
+        assert info["threads"] >= 1
+        assert info["numa_nodes"] >= 1
+        assert info["peak_gflops"] > 0
+        assert info["read_bandwidth_gbs"] > 0
+        assert 0 < info["memory_available_bytes"] <= info["memory_total_bytes"]
+
+
+class TestSpecialRouting:
+    def test_no_tokens(self, experts):
+        y, dx, dw = grads(experts, (torch.randn(0, H), torch.zeros(0, K, dtype=torch.long), torch.rand(0, K)))
+        assert y.shape == dx.shape == (0, H)
+        assert dw.shape == (0, K)
+
+    def test_the_sentinel_gives_nothing_and_gets_no_gradient(self, experts, inputs):
+        x, idx, w = inputs
+        idx = idx.clone()
+        idx[3] = E
+        idx[4, 1] = E
+        y, dx, dw = grads(experts, (x, idx, w))
+        assert not y[3].any()
+        assert not dx[3].any()
+        assert not dw[3].any()
+        assert not dw[4, 1]
+        alone = experts(x[4:5], idx[4:5, :1], w[4:5, :1])
+        assert torch.equal(alone[0], y[4])
+
+    def test_one_expert_gets_everything(self, experts, inputs):
+        x, _, w = inputs
+        only = experts(x, torch.full((T, K), 2), w)
+        # The same expert in both slots: its output times the sum of the weights, up to FP32 rounding of that sum.
+        single = experts(x, torch.full((T, 1), 2), w.sum(1, keepdim=True))
+        torch.testing.assert_close(only, single, rtol=1e-5, atol=1e-6)
+
+    def test_nan_stays_with_its_token(self, experts, inputs):
+        x, idx, w = inputs
+        clean = experts(x, idx, w)
+        x = x.clone()
+        x[7, 3] = float("nan")
+        y = experts(x, idx, w)
+        assert y[7].isnan().all()
+        others = [t for t in range(T) if t != 7]
+        assert torch.equal(y[others], clean[others])
+
+
+class TestAutograd:
+    def test_no_grad_builds_no_graph_and_keeps_nothing(self, experts, inputs):
+        with torch.no_grad():
+            y = experts(inputs[0].requires_grad_(), *inputs[1:])
+        assert not y.requires_grad
+
+    def test_only_what_is_asked_for_gets_a_gradient(self, experts, inputs):
+        x, idx, w = inputs
+        full = grads(experts, inputs)
+        only_x = x.clone().requires_grad_()
+        experts(only_x, idx, w).square().sum().backward()
+        assert torch.equal(only_x.grad, full[1])
+        only_w = w.clone().requires_grad_()
+        experts(x, idx, only_w).square().sum().backward()
+        assert torch.equal(only_w.grad, full[2])
+
+    @pytest.mark.parametrize("policy", ["retain", "recompute"])
+    @pytest.mark.parametrize("use_reentrant", [True, False])
+    def test_checkpointing_gives_the_same_bits(self, weights, inputs, use_reentrant, policy):
+        layer = kt_sft.CpuExperts.from_weights(*weights, kt_sft.KTConfig(activation_policy=policy))
+        plain = grads(layer, inputs)
+        checkpointed = grads(lambda *args: checkpoint(layer, *args, use_reentrant=use_reentrant), inputs)
+        assert same(plain, checkpointed)
+
+    def test_backward_may_run_on_any_thread(self, experts, inputs):
+        expected = grads(experts, inputs)
+        x, w = inputs[0].clone().requires_grad_(), inputs[2].clone().requires_grad_()
+        loss = experts(x, inputs[1], w).square().sum()
+        thread = threading.Thread(target=loss.backward)
+        thread.start()
+        thread.join()
+        assert torch.equal(x.grad, expected[1])
+        assert torch.equal(w.grad, expected[2])
+
+    def test_layers_in_a_row_and_side_by_side(self, weights, inputs):
+        first, second = kt_sft.CpuExperts.from_weights(*weights), kt_sft.CpuExperts.from_weights(*weights)
+        x, idx, w = inputs
+        leaf = x.clone().requires_grad_()
+        hidden = first(leaf, idx, w)
+        (second(hidden, idx, w) + first(hidden, idx, w)).sum().backward()
+        # Both branches are the same function of `hidden`: twice the gradient of one, exactly.
+        once = x.clone().requires_grad_()
+        second(first(once, idx, w), idx, w).sum().backward()
+        torch.testing.assert_close(leaf.grad, 2 * once.grad, rtol=2**-7, atol=1e-6)
+
+    def test_a_retained_graph_can_be_walked_twice(self, experts, inputs):
+        x = inputs[0].clone().requires_grad_()
+        loss = experts(x, *inputs[1:]).square().sum()
+        (first,) = torch.autograd.grad(loss, x, retain_graph=True)
+        (second,) = torch.autograd.grad(loss, x)
+        assert torch.equal(first, second)
+        with pytest.raises(RuntimeError, match="second time"):
+            torch.autograd.grad(loss, x)
+
+    def test_second_derivatives_are_refused(self, experts, inputs):
+        x = inputs[0].clone().requires_grad_()
+        (grad,) = torch.autograd.grad(experts(x, *inputs[1:]).square().sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="differentiate twice"):
+            grad.sum().backward()
+
+    def test_changing_a_saved_input_in_place_is_noticed(self, weights, inputs):
+        layer = kt_sft.CpuExperts.from_weights(*weights, kt_sft.KTConfig(activation_policy="recompute"))
+        x = (inputs[0].clone().requires_grad_() * 1.0).contiguous()
+        y = layer(x, *inputs[1:])
+        with torch.no_grad():
+            x.add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
+
+    def test_work_between_submit_and_await_comes_before_the_wait_in_backward(self, experts, inputs, monkeypatch):
+        """Autograd visits what lies between the pair before the node that waits, so it overlaps in backward too."""
+        from kt_sft import experts as module
+
+        order = []
+
+        class Shared(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x):
+                return x * 1
+
+            @staticmethod
+            def backward(ctx, grad):
+                order.append("shared")
+                return grad
+
+        for node, name in ((module._Await, "submit backward"), (module._Submit, "await gradients")):
+            original = node.backward
+
+            def spy(*args, original=original, name=name):
+                order.append(name)
+                return original(*args)
+
+            monkeypatch.setattr(node, "backward", staticmethod(spy))
+        x = inputs[0].clone().requires_grad_()
+        tensors = experts._tensors(x, *inputs[1:], backward_wanted=True)
+        link = module._Link(experts, x.device)
+        submitted = module._Submit.apply(x, inputs[2], tensors, link)
+        shared = Shared.apply(x)
+        y = module._Await.apply(submitted, tensors, link, True, False)
+        (y + shared).sum().backward()
+        assert order == ["submit backward", "shared", "await gradients"]
+
+
+class TestModule:
+    def test_it_has_nothing_to_move_train_or_save(self, experts):
+        assert list(experts.parameters()) == []
+        assert list(experts.buffers()) == []
+        assert experts.state_dict() == {}
+
+    def test_casting_and_moving_leave_it_alone(self, experts, inputs):
+        before = experts(*inputs)
+        moved = experts.to(torch.float16).half().to("meta").cpu().eval()
+        assert torch.equal(moved(*inputs), before)
+
+    def test_a_deep_copy_shares_the_weights(self, experts, inputs):
+        clone = copy.deepcopy(experts)
+        assert clone.store is experts.store
+        assert torch.equal(clone(*inputs), experts(*inputs))
+
+    def test_ddp_leaves_it_alone(self, experts, inputs, tmp_path):
+        model = torch.nn.ModuleDict({"proj": torch.nn.Linear(H, H), "experts": experts})
+
+        class Wrapped(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.parts = model
+
+            def forward(self, x, idx, w):
+                return self.parts["experts"](self.parts["proj"](x), idx, w)
+
+        plain = Wrapped()
+        plain(*inputs).sum().backward()
+        expected = model["proj"].weight.grad.clone()
+        plain.zero_grad()
+        torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+        try:
+            torch.nn.parallel.DistributedDataParallel(plain)(*inputs).sum().backward()
+        finally:
+            torch.distributed.destroy_process_group()
+        assert torch.equal(model["proj"].weight.grad, expected)
+
+    def test_print_says_what_it_is(self, experts):
+        assert "num_experts=6" in repr(experts)
+        assert "bf16" in repr(experts)
+
+    def test_engine_memory_is_returned(self, experts, inputs):
+        experts(inputs[0].clone().requires_grad_(), *inputs[1:]).sum().backward()
+        kept = experts.engine.stats()["kept_bytes"]
+        for _ in range(50):
+            experts(inputs[0].clone().requires_grad_(), *inputs[1:]).sum().backward()
+        assert experts.engine.stats()["kept_bytes"] == kept
+
+
+class TestBadInput:
+    @pytest.mark.parametrize("bad", [-1, E + 1])
+    def test_index_out_of_range(self, experts, inputs, bad):
+        x, idx, w = inputs
+        idx = idx.clone()
+        idx[2, 1] = bad
+        with pytest.raises(IndexError, match=rf"top_k_index holds {bad}; valid are 0 to {E - 1}"):
+            experts(x, idx, w)
+
+    def test_shapes_and_dtypes(self, experts, inputs):
+        x, idx, w = inputs
+        with pytest.raises(ValueError, match="hidden_states must be"):
+            experts(x[:, :-1], idx, w)
+        with pytest.raises(ValueError, match="top_k_index must be"):
+            experts(x, idx[:-1], w)
+        with pytest.raises(ValueError, match="top_k_weights must be"):
+            experts(x, idx, w[:, :1])
+        with pytest.raises(TypeError, match=r"hidden_states has dtype torch\.float64"):
+            experts(x.double(), idx, w)
+        with pytest.raises(TypeError, match="top_k_index has dtype"):
+            experts(x, idx.float(), w)
+        with pytest.raises(TypeError, match="top_k_weights has dtype"):
+            experts(x, idx, idx)
+
+    def test_weights_that_do_not_fit_each_other(self, weights):
+        gate_up, down = weights
+        with pytest.raises(ValueError, match="gate_up_proj must be"):
+            kt_sft.CpuExperts.from_weights(gate_up[:, :-1], down)
+        with pytest.raises(ValueError, match=r"gate_up_proj must be \[E, 2I, H\]"):
+            kt_sft.CpuExperts.from_weights(gate_up[0], down)
+        with pytest.raises(ValueError, match="gate_up_bias must be"):
+            kt_sft.CpuExperts.from_weights(gate_up, down, gate_up_bias=torch.zeros(E, I))
+        with pytest.raises(TypeError, match=r"float64"):
+            kt_sft.CpuExperts.from_weights(gate_up.double(), down.double())
+
+    @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+    def test_weights_that_are_not_finite(self, weights, bad):
+        gate_up, down = weights
+        gate_up[3, I + 2, 5] = bad
+        with pytest.raises(ValueError, match=rf"up weights of expert 3: row 2, column 5 is {bad}"):
+            kt_sft.CpuExperts.from_weights(gate_up, down)
+        with pytest.raises(ValueError, match="down_bias holds a value that is not finite"):
+            kt_sft.CpuExperts.from_weights(down.transpose(1, 2).contiguous(), down, down_bias=torch.full((E, H), bad))
+
+    def test_activations_that_do_not_exist(self, weights):
+        with pytest.raises(ValueError, match="activation must be silu"):
+            kt_sft.CpuExperts.from_weights(*weights, activation="tanh")
+        with pytest.raises(ValueError, match="swiglu_oai needs a gate"):
+            kt_sft.CpuExperts.from_weights(weights[0][:, :I], weights[1], activation="swiglu_oai")
