@@ -1,6 +1,6 @@
 """Asks a model one question through the engine behind `llamafactory-cli chat`.
 
-Run as `python -m quickstart_steps.ask --arguments FILE --question TEXT --out FILE`; the arguments are those of a chat recipe.
+Run as `python -m quickstart_steps.ask --arguments FILE --question TEXT --out FILE`; the arguments are a chat recipe's.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Makes the quickstart's base model: a small Qwen3-MoE, trained from scratch on the base skills until it has them.
 
-Run as `python -m quickstart_steps.base_model --out DIRECTORY`. The layers are small, so the experts are made fine
-(16, of which a token uses 4) and wide for their hidden size: they are most of a training step's work, as they are in the models
-that this package is for.
+Run as `python -m quickstart_steps.base_model --out DIRECTORY`. The experts are fine-grained (16, of which a
+token uses 4) and wide for the hidden size: they are most of a training step's work, as in the models that this package is
+for.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Writes the LLaMA-Factory datasets of the quickstart: the new skill, and a little of the old ones.
 
-Trained on the new skill alone the model would answer every prompt with it; a replay of what it knew before prevents that.
+Trained on the new skill alone the model would answer every prompt with it; a replay of what it knew before prevents
+that.
 
 Run as `python -m quickstart_steps.dataset --out DIRECTORY`.
 """

@@ -1,9 +1,9 @@
 """Exact match of the base and the tuned models on held-out prompts, greedily decoded.
 
 Run as `python -m quickstart_steps.evaluate --base DIRECTORY --out FILE [--adapter NAME=DIRECTORY ...]
-[--engine-adapter NAME=DIRECTORY ...] [--merged NAME=DIRECTORY ...]`. Engine adapters run on a base model whose experts are on the CPU
-engine, the others on plain transformers and PEFT. An answer counts only if it is the expected text, character by
-character, ended by the model itself.
+[--engine-adapter NAME=DIRECTORY ...] [--merged NAME=DIRECTORY ...]`. Engine adapters run on a base model whose experts
+are on the CPU engine, the others on plain transformers and PEFT. An answer counts only if it is the expected text,
+character by character, ended by the model itself.
 """
 
 from __future__ import annotations
@@ -83,7 +83,10 @@ def load(directory: str, *, on_engine: bool) -> PreTrainedModel:
 def named_directory(text: str) -> tuple[str, str]:
     """Splits NAME=DIRECTORY."""
     name, separator, directory = text.partition("=")
-    if not separator or not (Path(directory) / "config.json").is_file() | (Path(directory) / "adapter_config.json").is_file():
+    if (
+        not separator
+        or not (Path(directory) / "config.json").is_file() | (Path(directory) / "adapter_config.json").is_file()
+    ):
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=DIRECTORY with a model or an adapter in it")
     return name, directory
 

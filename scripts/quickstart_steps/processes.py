@@ -1,7 +1,7 @@
 """Runs the quickstart's programs, each in a process of its own, and measures them.
 
-This module and those that import it stay free of torch: on Linux a child's peak memory starts at its parent's size at the
-time of the fork, so a large parent would hide what the child itself needs.
+This module and those that import it stay free of torch: on Linux a child's peak memory starts at its parent's size at
+the time of the fork, so a large parent would hide what the child itself needs.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import json
 import statistics
 from pathlib import Path
@@ -90,8 +91,7 @@ def _train(
         losses=[entry["loss"] for entry in steps],
         tokens_per_second=steps[-1]["num_input_tokens_seen"] / steps[-1]["train_runtime"],
         step_seconds=statistics.median(
-            later["train_runtime"] - earlier["train_runtime"]
-            for earlier, later in zip(steps, steps[1:], strict=False)
+            later["train_runtime"] - earlier["train_runtime"] for earlier, later in itertools.pairwise(steps)
         ),
         peak_rss_mb=usage.peak_rss_mb,
         seconds=usage.seconds,
