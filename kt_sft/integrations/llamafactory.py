@@ -84,35 +84,23 @@ def settle_package(package: ModuleType) -> None:
 
 
 def check_parsed_arguments(parser: ModuleType) -> None:
-    """Wraps `get_train_args` and `get_infer_args` to refuse, before anything loads, what kt_sft cannot do.
+    """Wraps `get_train_args` to refuse, before anything loads, ways of training that kt_sft cannot do.
 
     Args:
         parser: `llamafactory.hparams.parser`.
     """
-    parse_training, parse_inference = parser.get_train_args, parser.get_infer_args
+    parse = parser.get_train_args
 
-    @functools.wraps(parse_training)
+    @functools.wraps(parse)
     def get_train_args(*args: Any, **kwargs: Any) -> Any:
-        parsed = parse_training(*args, **kwargs)
+        parsed = parse(*args, **kwargs)
         model_args, _, training_args, finetuning_args, _ = parsed
         if config_of(model_args) is not None:
             _check_finetuning_arguments(finetuning_args)
             _check_training_arguments(training_args)
         return parsed
 
-    @functools.wraps(parse_inference)
-    def get_infer_args(*args: Any, **kwargs: Any) -> Any:
-        parsed = parse_inference(*args, **kwargs)
-        model_args = parsed[0]
-        if config_of(model_args) is not None and str(getattr(model_args, "infer_backend", "huggingface")) not in (
-            "huggingface",
-            "EngineName.HF",
-        ):
-            raise ConfigError("kt_sft: chat and api run with infer_backend huggingface only; remove infer_backend")
-        return parsed
-
     parser.get_train_args = get_train_args  # type: ignore[attr-defined]
-    parser.get_infer_args = get_infer_args  # type: ignore[attr-defined]
 
 
 def extend_quantization(module: ModuleType) -> None:
@@ -189,6 +177,8 @@ def _refuse(arguments: Any, excluded: dict[str, str]) -> None:
 
 def _check_model_arguments(model_args: Any) -> None:
     _refuse(model_args, _EXCLUDED_MODEL_ARGUMENTS)
+    if model_args.infer_backend != "huggingface":
+        raise ConfigError("kt_sft: chat and api run with infer_backend huggingface only; remove infer_backend")
 
 
 def _check_finetuning_arguments(finetuning_args: Any) -> None:
