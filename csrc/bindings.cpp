@@ -23,11 +23,11 @@ T* Pointer(uintptr_t address) {
 class HeldTicket {
  public:
   HeldTicket(std::shared_ptr<Ticket> ticket, py::object held) : ticket_(std::move(ticket)), held_(std::move(held)) {}
-  ~HeldTicket() {
+  ~HeldTicket() {  // NOLINT(bugprone-exception-escape): releasing the GIL does not throw while Python runs
     const py::gil_scoped_release release;
     try {
       ticket_->Wait();
-    } catch (...) {  // nobody asked for the result
+    } catch (...) {  // NOLINT(bugprone-empty-catch): nobody asked for the result
     }
   }
   HeldTicket(const HeldTicket&) = delete;

@@ -67,6 +67,7 @@ TEST(TicketsFromManyThreadsGiveTheResultsOfOne) {
   Engine engine(3, {}, Tier::kAmx);
   std::atomic<int> wrong{0};
   std::vector<std::thread> threads;
+  threads.reserve(kThreads);
   for (int t = 0; t < kThreads; ++t) {
     threads.emplace_back([&, t] {
       for (int i = 0; i < kCalls; ++i) {

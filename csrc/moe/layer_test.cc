@@ -24,8 +24,8 @@ std::vector<float> Stored(const ExpertLayer& layer, Matrix matrix, int64_t exper
 
 // 0, 1, 2, ... are exact in every type here.
 std::vector<float> Counting(int64_t count) {
-  std::vector<float> values;
-  for (int64_t i = 0; i < count; ++i) values.push_back(static_cast<float>(i));
+  std::vector<float> values(static_cast<size_t>(count));
+  for (int64_t i = 0; i < count; ++i) values[static_cast<size_t>(i)] = static_cast<float>(i);
   return values;
 }
 
@@ -40,7 +40,9 @@ struct TemporaryFile {
     char name[] = "/tmp/kt_sft_layer_test_XXXXXX";
     const int descriptor = mkstemp(name);
     path = name;
+    if (descriptor < 0) throw std::runtime_error("cannot make a temporary file");
     std::FILE* const file = fdopen(descriptor, "wb");
+    if (file == nullptr) throw std::runtime_error("cannot open the temporary file");
     if (!prefix.empty()) std::fwrite(prefix.data(), 1, prefix.size(), file);
     std::fwrite(bytes.data(), 1, bytes.size(), file);
     std::fclose(file);

@@ -7,8 +7,8 @@ namespace {
 
 struct PortableVectors {
   static constexpr int kLanes = 4;
-  typedef float F __attribute__((vector_size(16)));
-  typedef int32_t I __attribute__((vector_size(16)));
+  using F = float __attribute__((vector_size(16)));
+  using I = int32_t __attribute__((vector_size(16)));
 
   template <class Function>
   static F Each(Function function) {
