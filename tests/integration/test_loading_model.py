@@ -1,0 +1,385 @@
+"""`from_pretrained(..., quantization_config=KTConfig())`: checkpoints as they come, damaged ones, and saving again."""
+
+from __future__ import annotations
+
+import copy
+import filecmp
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+import kt_sft
+from kt_sft.config import ConfigError, KTConfig
+from kt_sft.loading import memory, streaming
+from kt_sft.loading.errors import CheckpointError, NotEnoughMemoryError, UnsupportedModelError
+
+_VL_EXPERTS = "model.language_model.layers.0.mlp.experts"
+EXPERT = "model.layers.1.mlp.experts.3.{}_proj.weight"
+
+
+def load(folder: Path, **settings: Any) -> nn.Module:
+    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=KTConfig(), **settings)
+
+
+def stores(model: nn.Module) -> list[Any]:
+    return [module.store for module in model.modules() if isinstance(module, kt_sft.CpuExperts)]
+
+
+def same_experts(one: nn.Module, other: nn.Module) -> bool:
+    pairs = zip(stores(one), stores(other), strict=True)
+    return all(torch.equal(a, b) for x, y in pairs for a, b in zip(x.dequantized(), y.dequantized(), strict=True))
+
+
+@pytest.fixture
+def checkpoint(tiny_moe: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny model to damage."""
+    return Path(shutil.copytree(tiny_moe, tmp_path / "checkpoint"))
+
+
+@pytest.fixture
+def edit(checkpoint: Path) -> Callable[[Callable[[dict[str, torch.Tensor]], None]], None]:
+    """Rewrites the checkpoint's tensors."""
+
+    def rewrite(change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+        tensors = load_file(checkpoint / "model.safetensors")
+        change(tensors)
+        save_file({k: v.contiguous() for k, v in tensors.items()}, checkpoint / "model.safetensors", {"format": "pt"})
+
+    return rewrite
+
+
+class TestLayouts:
+    """The same experts, however they lie in the checkpoint."""
+
+    def test_in_shards(self, tiny_moe: Path, tmp_path: Path) -> None:
+        plain = AutoModelForCausalLM.from_pretrained(tiny_moe)
+        plain.save_pretrained(tmp_path, max_shard_size="40KB")
+        assert len(list(tmp_path.glob("*.safetensors"))) > 3
+        assert same_experts(load(tmp_path), load(tiny_moe))
+
+    def test_fused(self, tiny_moe: Path, tmp_path: Path) -> None:
+        plain = AutoModelForCausalLM.from_pretrained(tiny_moe)
+        plain.save_pretrained(tmp_path, save_original_format=False)
+        assert "model.layers.0.mlp.experts.gate_up_proj" in load_file(tmp_path / "model.safetensors")
+        assert same_experts(load(tmp_path), load(tiny_moe))
+
+    def test_fused_and_transposed(self, tmp_path: Path) -> None:
+        # Qwen3-VL-MoE checkpoints are [E, H, 2I] where transformers has [E, 2I, H].
+        from families import FAMILIES, make
+
+        plain = make(FAMILIES["qwen3_vl_moe"][0])
+        plain.save_pretrained(tmp_path)
+        tensors = load_file(tmp_path / "model.safetensors")
+        for key in [key for key in tensors if ".mlp.experts." in key]:
+            tensors[key] = tensors[key].transpose(1, 2).contiguous()
+        save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+        again = type(plain).from_pretrained(tmp_path)  # transformers turns them back
+        experts = again.get_submodule(_VL_EXPERTS)
+        assert torch.equal(experts.gate_up_proj, plain.get_submodule(_VL_EXPERTS).gate_up_proj)
+
+        ours = type(plain).from_pretrained(tmp_path, quantization_config=KTConfig())
+
+        assert torch.equal(stores(ours)[0].dequantized()[0], experts.gate_up_proj)
+        assert torch.equal(stores(ours)[0].dequantized()[1], experts.down_proj)
+
+    def test_saved_from_the_base_model(self, tiny_moe: Path, tmp_path: Path) -> None:
+        plain = AutoModelForCausalLM.from_pretrained(tiny_moe)
+        plain.model.save_pretrained(tmp_path)
+        assert "layers.0.mlp.experts.0.up_proj.weight" in load_file(tmp_path / "model.safetensors")
+        assert same_experts(load(tmp_path), load(tiny_moe))
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+    def test_other_dtypes_are_rounded_to_bf16(
+        self, dtype: torch.dtype, tiny_moe: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        plain = AutoModelForCausalLM.from_pretrained(tiny_moe, dtype=dtype)
+        experts = plain.model.layers[0].mlp.experts
+        experts.gate_up_proj.data.mul_(1.01)  # no longer BF16 values
+        plain.save_pretrained(tmp_path)
+
+        ours = load(tmp_path)
+
+        assert torch.equal(stores(ours)[0].dequantized()[0], experts.gate_up_proj.bfloat16().float())
+        assert "experts are stored rounded to BF16" in caplog.text
+
+    def test_layers_that_the_model_does_not_have_are_left_alone(
+        self, tiny_moe: Path, edit: Any, checkpoint: Path
+    ) -> None:
+        # As DeepSeek-V3's and GLM's checkpoints carry a layer for multi-token prediction.
+        extra = {"model.layers.2.mlp.experts.0.up_proj.weight": torch.zeros(24, 32, dtype=torch.bfloat16)}
+        edit(lambda tensors: tensors.update(extra))
+        assert same_experts(load(checkpoint), load(tiny_moe))
+
+    def test_a_dense_model_is_untouched(self, tmp_path: Path) -> None:
+        sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 96}
+        transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, intermediate_size=40)).save_pretrained(tmp_path)
+        plain, ours = AutoModelForCausalLM.from_pretrained(tmp_path), load(tmp_path)
+        assert [type(m) for m in ours.modules()] == [type(m) for m in plain.modules()]
+        assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), plain.parameters(), strict=True))
+        assert not hasattr(ours, "hf_quantizer")
+        assert not ours.is_quantized
+        assert "quantization_config" not in ours.config.to_dict()
+        assert all(parameter.requires_grad for parameter in ours.parameters())
+
+
+def _drop(tensors: dict[str, torch.Tensor]) -> None:
+    del tensors[EXPERT.format("up")]
+
+
+def _drop_all_down(tensors: dict[str, torch.Tensor]) -> None:
+    for key in [key for key in tensors if "layers.1.mlp.experts" in key and "down" in key]:
+        del tensors[key]
+
+
+def _set(matrix: str, value: torch.Tensor) -> Callable[[dict[str, torch.Tensor]], None]:
+    return lambda tensors: tensors.update({EXPERT.format(matrix): value})
+
+
+def _with_value(value: float) -> Callable[[dict[str, torch.Tensor]], None]:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[EXPERT.format("gate")][5, 7] = value
+
+    return change
+
+
+def _surplus(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.layers.1.mlp.experts.8.up_proj.weight"] = tensors[EXPERT.format("up")].clone()
+
+
+def _both_layouts(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.layers.1.mlp.experts.down_proj"] = torch.zeros(8, 32, 24, dtype=torch.bfloat16)
+
+
+def _scale(tensors: dict[str, torch.Tensor]) -> None:
+    tensors[EXPERT.format("up") + "_scale_inv"] = torch.ones(1, 1)
+
+
+def _fused_of_wrong_shape(tensors: dict[str, torch.Tensor]) -> None:
+    _drop_all_down(tensors)
+    tensors["model.layers.1.mlp.experts.down_proj"] = torch.zeros(8, 24, 32, dtype=torch.bfloat16)
+
+
+DAMAGES = {
+    "missing": (_drop, f"the checkpoint lacks {EXPERT.format('up')}"),
+    "all missing": (_drop_all_down, "no tensor for model.layers.1.mlp.experts.down_proj, shape [8, 32, 24]"),
+    "wrong shape": (
+        _set("up", torch.zeros(23, 32).bfloat16()),
+        "a matrix of shape [23, 32], the model expects [24, 32]",
+    ),
+    "transposed": (
+        _set("up", torch.zeros(32, 24).bfloat16()),
+        "a matrix of shape [32, 24], the model expects [24, 32]",
+    ),
+    "no matrix": (_set("up", torch.zeros(24).bfloat16()), "has shape [24], expected a matrix"),
+    "fused, wrong shape": (_fused_of_wrong_shape, "a matrix of shape [24, 32], the model expects [32, 24]"),
+    "float64": (_set("down", torch.zeros(32, 24).double()), "holds F64 values; routed experts are read from BF16, F16"),
+    "float8": (_set("down", torch.zeros(32, 24).to(torch.float8_e4m3fn)), "holds F8_E4M3 values"),
+    "integers": (_set("down", torch.zeros(32, 24).to(torch.int8)), "holds I8 values"),
+    "surplus expert": (_surplus, "is expert 8 of model.layers.1.mlp.experts.gate_up_proj, the model has 8"),
+    "two layouts": (_both_layouts, "in two different layouts"),
+    "scales": (_scale, "is no weight that Qwen3MoeExperts has"),
+    "nan": (_with_value(float("nan")), "gate of expert 3 of model.layers.1.mlp.experts"),
+    "inf": (_with_value(float("-inf")), "gate of expert 3 of model.layers.1.mlp.experts"),
+}
+
+
+class TestDamage:
+    """Every damage to the experts is one error that names the tensor."""
+
+    @pytest.mark.parametrize(("damage", "message"), DAMAGES.values(), ids=DAMAGES)
+    def test_damaged_tensors(
+        self, damage: Callable[..., None], message: str, checkpoint: Path, edit: Callable[..., None]
+    ) -> None:
+        edit(damage)
+        with pytest.raises(CheckpointError) as error:
+            load(checkpoint)
+        assert message in str(error.value)
+
+    def test_the_place_of_a_nan_is_named(self, checkpoint: Path, edit: Callable[..., None]) -> None:
+        edit(_with_value(float("nan")))
+        with pytest.raises(CheckpointError) as error:
+            load(checkpoint)
+        assert f"{checkpoint / 'model.safetensors'}: tensor {EXPERT.format('gate')}" in str(error.value)
+        assert "row 5, column 7" in str(error.value)
+
+    def test_truncated_file(self, checkpoint: Path) -> None:
+        path = checkpoint / "model.safetensors"
+        path.write_bytes(path.read_bytes()[:-1000])
+        with pytest.raises(CheckpointError, match="truncated or damaged"):
+            load(checkpoint)
+
+    def test_file_cut_off_between_header_and_rows(self, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        # Another process may shorten the file after its header was checked.
+        path = checkpoint / "model.safetensors"
+        real = streaming.stream
+
+        def cut_then_stream(work: Any) -> None:
+            path.write_bytes(path.read_bytes()[:20000])
+            real(work)
+
+        monkeypatch.setattr("kt_sft.loading.quantizer.stream", cut_then_stream)
+        with pytest.raises(CheckpointError, match=r"model\.safetensors: tensor model\.layers"):
+            load(checkpoint)
+
+    def test_missing_shard(self, tiny_moe: Path, tmp_path: Path) -> None:
+        AutoModelForCausalLM.from_pretrained(tiny_moe).save_pretrained(tmp_path, max_shard_size="40KB")
+        shard = sorted(tmp_path.glob("*.safetensors"))[2]
+        shard.unlink()
+        with pytest.raises(
+            CheckpointError, match=f"{shard.name}: the checkpoint names this file, but it does not exist"
+        ):
+            load(tmp_path)
+
+    def test_not_enough_memory(self, tiny_moe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(memory, "available_bytes", lambda: 1000)
+        monkeypatch.setattr(
+            "kt_sft.loading.quantizer.stream", lambda _: pytest.fail("the experts were read all the same")
+        )
+        with pytest.raises(NotEnoughMemoryError, match=r"the experts of 2 layers: .* GiB needed, 0\.0 GiB available"):
+            load(tiny_moe)
+
+    def test_memory_is_needed_by_every_process_of_the_machine(
+        self, tiny_moe: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        asked: list[tuple[int, str]] = []
+        monkeypatch.setattr("kt_sft.loading.quantizer.require_bytes", lambda need, what: asked.append((need, what)))
+        for size in ("1", "3"):
+            monkeypatch.setenv("LOCAL_WORLD_SIZE", size)
+            load(tiny_moe)
+        assert asked[1][0] == 3 * asked[0][0]
+        assert asked[1][1].endswith("in each of 3 processes")
+
+    @pytest.mark.parametrize(
+        "quantization",
+        [
+            {"quant_method": "fp8", "weight_block_size": [128, 128]},
+            {"quant_method": "mxfp4"},
+            {"quant_method": "gptq", "bits": 4, "group_size": 128},
+            {"quant_method": "awq", "bits": 4},
+        ],
+        ids=lambda quantization: quantization["quant_method"],
+    )
+    def test_quantised_checkpoints_are_named(self, quantization: dict[str, Any], checkpoint: Path) -> None:
+        config = json.loads((checkpoint / "config.json").read_text())
+        (checkpoint / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
+        with pytest.raises(ConfigError, match=rf"the checkpoint is quantised \({quantization['quant_method']}\)"):
+            load(checkpoint)
+
+    def test_unsupported_model(self, tmp_path: Path) -> None:
+        config = transformers.GraniteMoeConfig(
+            hidden_size=32, intermediate_size=16, num_hidden_layers=1, num_attention_heads=4, vocab_size=96
+        )
+        transformers.GraniteMoeForCausalLM(config).save_pretrained(tmp_path)
+        with pytest.raises(UnsupportedModelError, match="GraniteMoeParallelExperts"):
+            load(tmp_path)
+
+    def test_state_dict_instead_of_files(self, tiny_moe: Path) -> None:
+        config = transformers.AutoConfig.from_pretrained(tiny_moe)
+        with pytest.raises(ConfigError, match="a state_dict cannot be given instead"):
+            transformers.Qwen3MoeForCausalLM.from_pretrained(
+                None, config=config, state_dict={}, quantization_config=KTConfig()
+            )
+
+
+class TestSharing:
+    """One store per checkpoint and options in a process."""
+
+    def test_a_second_load_shares_the_store(self, tiny_moe: Path) -> None:
+        first, second = load(tiny_moe), load(tiny_moe)
+        assert [id(store) for store in stores(first)] == [id(store) for store in stores(second)]
+
+    def test_another_checkpoint_does_not(self, tiny_moe: Path, checkpoint: Path) -> None:
+        first, second = load(tiny_moe), load(checkpoint)
+        assert {id(store) for store in stores(first)}.isdisjoint(id(store) for store in stores(second))
+
+    def test_a_changed_checkpoint_does_not(self, checkpoint: Path, edit: Callable[..., None]) -> None:
+        first = load(checkpoint)
+        edit(_set("up", torch.full((24, 32), 0.5).bfloat16()))
+        second = load(checkpoint)
+        assert not same_experts(first, second)
+
+    def test_half_filled_stores_are_not_shared(
+        self, checkpoint: Path, edit: Callable[..., None], tiny_moe: Path
+    ) -> None:
+        edit(_with_value(float("nan")))
+        for _ in range(2):
+            with pytest.raises(CheckpointError, match="gate of expert 3"):
+                load(checkpoint)
+
+    def test_copies_share(self, tiny_moe: Path) -> None:
+        model = load(tiny_moe)
+        assert stores(copy.deepcopy(model))[0] is stores(model)[0]
+
+
+class TestSaving:
+    """A model saved is an ordinary checkpoint."""
+
+    @pytest.mark.parametrize("shard", ["5GB", "40KB"])
+    def test_what_was_loaded_is_saved(self, shard: str, tiny_moe: Path, tmp_path: Path) -> None:
+        load(tiny_moe).save_pretrained(tmp_path, max_shard_size=shard)
+
+        saved = {key: value for file in tmp_path.glob("*.safetensors") for key, value in load_file(file).items()}
+        source = load_file(tiny_moe / "model.safetensors")
+        assert saved.keys() == source.keys()
+        assert all(torch.equal(saved[key], source[key]) for key in source)
+        assert filecmp.cmp(tmp_path / "config.json", tiny_moe / "config.json")
+        tokens = torch.arange(12).reshape(1, 12)
+        plain = [AutoModelForCausalLM.from_pretrained(path)(tokens).logits for path in (tmp_path, tiny_moe)]
+        assert torch.equal(*plain)
+
+    def test_every_family_is_saved_under_its_own_keys(self, tmp_path: Path) -> None:
+        from families import FAMILIES, make
+
+        for name in ("mixtral", "nemotron_h", "gpt_oss", "qwen3_vl_moe", "ernie4_5_vl_moe", "phimoe", "qwen3_5_moe"):
+            source, target = tmp_path / name, tmp_path / f"{name}-saved"
+            model = make(FAMILIES[name][0])
+            model.save_pretrained(source)
+            ours = type(model).from_pretrained(source, quantization_config=KTConfig(), dtype=torch.float32)
+            ours.save_pretrained(target)
+            assert (target / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes(), name
+
+    def test_a_source_that_changed_is_refused(
+        self, checkpoint: Path, edit: Callable[..., None], tmp_path: Path
+    ) -> None:
+        model = load(checkpoint)
+        edit(_set("up", torch.ones(24, 32).bfloat16()))
+        with pytest.raises(CheckpointError, match="which has changed"):
+            model.save_pretrained(tmp_path / "saved")
+
+    def test_a_source_that_is_gone_is_refused(self, checkpoint: Path, tmp_path: Path) -> None:
+        model = load(checkpoint)
+        shutil.rmtree(checkpoint)
+        with pytest.raises(CheckpointError, match="which is gone"):
+            model.save_pretrained(tmp_path / "saved")
+
+    def test_a_part_of_the_model_is_refused(self, tiny_moe: Path, tmp_path: Path) -> None:
+        with pytest.raises(CheckpointError, match="Qwen3MoeModel is a part of Qwen3MoeForCausalLM"):
+            load(tiny_moe).model.save_pretrained(tmp_path)
+
+
+class TestUse:
+    """The loaded model in the hands of the libraries above."""
+
+    def test_automatic_placement_uses_one_device_and_no_hooks(self, tiny_moe: Path) -> None:
+        model = load(tiny_moe, device_map="auto")
+        assert len({parameter.device for parameter in model.parameters()}) == 1
+        assert not any(hasattr(module, "_hf_hook") for module in model.modules())
+
+    def test_nothing_of_the_experts_is_a_parameter_or_reported_missing(self, tiny_moe: Path) -> None:
+        model, info = load(tiny_moe, output_loading_info=True)
+        assert not any("experts" in name for name in model.state_dict())
+        assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+
+    def test_training_without_adapters_is_refused(self, tiny_moe: Path, tmp_path: Path) -> None:
+        arguments = transformers.TrainingArguments(tmp_path, use_cpu=True, report_to="none")
+        with pytest.raises(ValueError, match="attach trainable adapters"):
+            transformers.Trainer(load(tiny_moe), arguments)
