@@ -25,11 +25,9 @@ void Pass::BackwardChunk(const Chunk& given) {
   const int64_t grad_stride = RowStride(shape.hidden), out_stride = RoundUp(shape.hidden, width()) + 16;
   const int64_t d_pre_bytes = rows * RowStride(parts * Padded(shape.intermediate)) * bytes;
   const int64_t inner_values = rows * CeilDiv(shape.intermediate, kPanelColumns);
-  const int64_t depth = std::max(shape.hidden, shape.intermediate);
-  const int64_t forward_worker = 2 * kernels_.tile_rows * (RowStride(depth) * bytes + width() * 4);
   const int64_t panel_columns = RoundUp(kPanelColumns, width());
   const int64_t backward_worker = kPanelRows * panel_columns * bytes + Routing::kBlockRows * (panel_columns + 16) * 4;
-  const size_t worker_bytes = static_cast<size_t>(std::max(forward_worker, backward_worker));
+  const size_t worker_bytes = std::max(ForwardWorkerBytes(shape), static_cast<size_t>(backward_worker));
 
   Panels x = LayOutPanels(chunk.routing, shape.hidden);
   const bool recompute = chunk.retained == nullptr;

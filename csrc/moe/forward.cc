@@ -7,19 +7,16 @@
 #include "moe/pass_internal.h"
 
 namespace kt {
-namespace {
-
-// A task decodes this many tiles of weight rows, for all tokens of its block.
-constexpr int64_t kTilesPerTask = 4;
-
-}  // namespace
+size_t Pass::ForwardWorkerBytes(const LayerShape& shape) const {
+  const int64_t depth = std::max(shape.hidden, shape.intermediate);
+  const int64_t row_bytes = RowStride(depth) * kernels_.element_bytes + width() * static_cast<int64_t>(sizeof(float));
+  return static_cast<size_t>(2 * kTilesPerTask * kernels_.tile_rows * row_bytes);
+}
 
 void Pass::ForwardChunk(const Chunk& chunk) {
   Panels x = LayOutPanels(chunk.routing, chunk.shape.hidden);
   Panels act = LayOutPanels(chunk.routing, chunk.shape.intermediate);
-  const int64_t depth = std::max(chunk.shape.hidden, chunk.shape.intermediate);
-  const size_t worker_bytes =
-      static_cast<size_t>(2 * kernels_.tile_rows * (RowStride(depth) * kernels_.element_bytes + width() * 4));
+  const size_t worker_bytes = ForwardWorkerBytes(chunk.shape);
   // The rows to combine take the place of the hidden panels, which nobody needs any more by then.
   const size_t shared_bytes = static_cast<size_t>(std::max(x.bytes(), chunk.routing.rows() * chunk.shape.hidden * 4));
   arena_.Reset(Arena::Measure(shared_bytes) + Arena::Measure(static_cast<size_t>(act.bytes())) +
@@ -40,41 +37,40 @@ void Pass::GateUp(const Chunk& chunk, const Panels& x, const Panels* act) {
   const LayerShape& shape = chunk.shape;
   const auto decode = kernels_.decode_rows[static_cast<int>(shape.format)];
   const ActivateFn activate = kernels_.activate[shape.gated][static_cast<int>(shape.activation)];
-  const int tile = kernels_.tile_rows;
+  const int64_t task_rows = kTilesPerTask * kernels_.tile_rows;
   const int64_t stride = RowStride(shape.hidden), pre_columns = chunk.pre_columns();
-  const int64_t rows_per_task = kTilesPerTask * tile, tasks_per_block = CeilDiv(shape.intermediate, rows_per_task);
+  const int64_t tasks_per_block = CeilDiv(shape.intermediate, task_rows);
 
   pool_.Run(static_cast<int64_t>(chunk.routing.blocks.size()) * tasks_per_block, [&](int64_t task, int worker) {
     const size_t b = static_cast<size_t>(task / tasks_per_block);
     const RowBlock& block = chunk.routing.blocks[b];
+    const int64_t i = task % tasks_per_block * task_rows;
+    const int rows = static_cast<int>(Smaller(task_rows, shape.intermediate - i));
     float* const up = reinterpret_cast<float*>(Worker(worker));
-    float* const gate = shape.gated ? up + tile * width() : nullptr;
-    char* const a_up = reinterpret_cast<char*>(up + 2 * tile * width());
-    char* const a_gate = a_up + tile * stride * kernels_.element_bytes;
+    float* const gate = shape.gated ? up + task_rows * width() : nullptr;
+    char* const a_up = reinterpret_cast<char*>(up + 2 * task_rows * width());
+    char* const a_gate = a_up + task_rows * stride * kernels_.element_bytes;
     const float* const up_bias = layer.up_bias(block.expert);
     const float* const gate_bias = layer.gate_bias(block.expert);
 
-    const int64_t first = task % tasks_per_block * rows_per_task,
-                  last = Smaller(first + rows_per_task, shape.intermediate);
-    for (int64_t i = first; i < last; i += tile) {
-      const int rows = static_cast<int>(Smaller(tile, last - i));
-      decode(layer.view(Matrix::kUp, block.expert), i, rows, shape.hidden, a_up, stride);
-      if (shape.gated) decode(layer.view(Matrix::kGate, block.expert), i, rows, shape.hidden, a_gate, stride);
-      for (int64_t g = 0; g * width() < block.rows; ++g) {
-        const Group group = GroupOf(block, g);
-        const char* const panel = x.At(b, group.first);
-        Product(a_up, stride, rows, panel, group.width, shape.hidden, up_bias == nullptr ? nullptr : up_bias + i, up);
-        if (shape.gated)
-          Product(a_gate, stride, rows, panel, group.width, shape.hidden,
-                  gate_bias == nullptr ? nullptr : gate_bias + i, gate);
-        if (act != nullptr)
-          activate(gate, up, rows, group.width, act->At(b, group.first) + i * group.width * kernels_.element_bytes);
-        if (chunk.retained == nullptr) continue;
-        Bf16* const pre = chunk.retained + (block.first + group.first) * pre_columns + i;
-        if (shape.gated) kernels_.transpose_to_bf16(gate, group.width, rows, group.rows, pre, pre_columns);
-        kernels_.transpose_to_bf16(up, group.width, rows, group.rows, pre + pre_columns - shape.intermediate,
-                                   pre_columns);
+    decode(layer.view(Matrix::kUp, block.expert), i, rows, shape.hidden, a_up, stride);
+    if (shape.gated) decode(layer.view(Matrix::kGate, block.expert), i, rows, shape.hidden, a_gate, stride);
+    for (int64_t g = 0; g * width() < block.rows; ++g) {
+      const Group group = GroupOf(block, g);
+      const char* const panel = x.At(b, group.first);
+      Product(a_up, stride, rows, panel, group.width, shape.hidden, up_bias == nullptr ? nullptr : up_bias + i, up);
+      if (shape.gated) {
+        const float* const bias = gate_bias == nullptr ? nullptr : gate_bias + i;
+        Product(a_gate, stride, rows, panel, group.width, shape.hidden, bias, gate);
       }
+      if (act != nullptr) {
+        activate(gate, up, rows, group.width, act->At(b, group.first) + i * group.width * kernels_.element_bytes);
+      }
+      if (chunk.retained == nullptr) continue;
+      Bf16* const pre = chunk.retained + (block.first + group.first) * pre_columns + i;
+      if (shape.gated) kernels_.transpose_to_bf16(gate, group.width, rows, group.rows, pre, pre_columns);
+      kernels_.transpose_to_bf16(up, group.width, rows, group.rows, pre + pre_columns - shape.intermediate,
+                                 pre_columns);
     }
   });
 }
@@ -83,28 +79,26 @@ void Pass::Down(const Chunk& chunk, const Panels& act, float* out_rows) {
   const ExpertLayer& layer = *chunk.call.layer;
   const LayerShape& shape = chunk.shape;
   const auto decode = kernels_.decode_rows[static_cast<int>(shape.format)];
-  const int tile = kernels_.tile_rows;
+  const int64_t task_rows = kTilesPerTask * kernels_.tile_rows;
   const int64_t stride = RowStride(shape.intermediate);
-  const int64_t rows_per_task = kTilesPerTask * tile, tasks_per_block = CeilDiv(shape.hidden, rows_per_task);
+  const int64_t tasks_per_block = CeilDiv(shape.hidden, task_rows);
 
   pool_.Run(static_cast<int64_t>(chunk.routing.blocks.size()) * tasks_per_block, [&](int64_t task, int worker) {
     const size_t b = static_cast<size_t>(task / tasks_per_block);
     const RowBlock& block = chunk.routing.blocks[b];
+    const int64_t h = task % tasks_per_block * task_rows;
+    const int rows = static_cast<int>(Smaller(task_rows, shape.hidden - h));
     float* const c = reinterpret_cast<float*>(Worker(worker));
-    char* const a = reinterpret_cast<char*>(c + tile * width());
+    char* const a = reinterpret_cast<char*>(c + task_rows * width());
     const float* const bias = layer.down_bias(block.expert);
 
-    const int64_t first = task % tasks_per_block * rows_per_task, last = Smaller(first + rows_per_task, shape.hidden);
-    for (int64_t h = first; h < last; h += tile) {
-      const int rows = static_cast<int>(Smaller(tile, last - h));
-      decode(layer.view(Matrix::kDown, block.expert), h, rows, shape.intermediate, a, stride);
-      for (int64_t g = 0; g * width() < block.rows; ++g) {
-        const Group group = GroupOf(block, g);
-        Product(a, stride, rows, act.At(b, group.first), group.width, shape.intermediate,
-                bias == nullptr ? nullptr : bias + h, c);
-        float* const out = out_rows + (block.first + group.first) * shape.hidden + h;
-        kernels_.transpose_to_float(c, group.width, rows, group.rows, out, shape.hidden);
-      }
+    decode(layer.view(Matrix::kDown, block.expert), h, rows, shape.intermediate, a, stride);
+    for (int64_t g = 0; g * width() < block.rows; ++g) {
+      const Group group = GroupOf(block, g);
+      Product(a, stride, rows, act.At(b, group.first), group.width, shape.intermediate,
+              bias == nullptr ? nullptr : bias + h, c);
+      float* const out = out_rows + (block.first + group.first) * shape.hidden + h;
+      kernels_.transpose_to_float(c, group.width, rows, group.rows, out, shape.hidden);
     }
   });
 }

@@ -62,7 +62,12 @@ void Pass::Product(const char* a, int64_t a_stride, int rows, const char* panel,
   if (bias != nullptr) {
     for (int r = 0; r < rows; ++r) std::fill_n(c + r * panel_width, panel_width, bias[r]);
   }
-  kernels_.multiply(a, a_stride, rows, panel, panel_width, depth, c, panel_width, bias != nullptr);
+  const int64_t step = kPanelChunkBytes / (width() * kernels_.element_bytes);
+  for (int64_t d = 0; d < depth; d += step) {
+    const int64_t bytes = d * kernels_.element_bytes;
+    kernels_.multiply(a + bytes, a_stride, rows, panel + bytes * panel_width, panel_width, Smaller(step, depth - d), c,
+                      panel_width, bias != nullptr || d > 0);
+  }
 }
 
 void Pass::PackHidden(const Chunk& chunk, const Panels& x) {

@@ -70,6 +70,13 @@ class Pass {
   void Product(const char* a, int64_t a_stride, int rows, const char* panel, int panel_width, int64_t depth,
                const float* bias, float* c) const;
 
+  // A forward task decodes this many tiles of weight rows, for all tokens of its block. In rows that is a multiple of
+  // every tier's vector length, so that transposed results are stored in whole vectors.
+  static constexpr int64_t kTilesPerTask = 4;
+  // Products are cut along the depth so that what one panel contributes stays in L1 while it meets all rows of a task.
+  static constexpr int64_t kPanelChunkBytes = 16384;
+  size_t ForwardWorkerBytes(const LayerShape& shape) const;
+
   // Every worker has one piece of the arena of its own.
   size_t MeasureWorkers(size_t bytes) const { return pool_.threads() * Arena::Measure(bytes); }
   void TakeWorkers(size_t bytes);

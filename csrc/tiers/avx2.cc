@@ -46,16 +46,24 @@ struct Avx2Vectors {
   static void StoreF16(kt::F16* p, F x) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
   }
-  // Rounds to nearest even in integer arithmetic; a NaN stays a quiet NaN.
-  static void StoreBf16(kt::Bf16* p, F x) {
+  // The BF16 bits of every lane, in its upper half. Rounds to nearest even in integer arithmetic; a NaN stays a quiet
+  // NaN.
+  static __m256i RoundToUpperHalf(F x) {
     const __m256i bits = _mm256_castps_si256(x);
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
     const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
     const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
     const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
-    const __m256i high = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
+    return _mm256_blendv_epi8(rounded, quiet, nan);
+  }
+  static void StoreBf16(kt::Bf16* p, F x) {
+    const __m256i high = _mm256_srli_epi32(RoundToUpperHalf(x), 16);
     const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(high, high), 0x08);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+  }
+  static F PackBf16(F even, F odd) {
+    const __m256i low = _mm256_srli_epi32(RoundToUpperHalf(even), 16);
+    return _mm256_castsi256_ps(_mm256_blend_epi16(low, RoundToUpperHalf(odd), 0xaa));
   }
 
   static void Transpose(F* v) {
@@ -75,9 +83,9 @@ struct Avx2Vectors {
   }
 };
 
-struct Ops : FloatElements<Avx2Vectors> {
+struct Ops : FloatElements<Avx2Vectors, 2> {
   // 12 accumulators, two panel vectors and a broadcast fill the 16 registers.
-  static constexpr int kTileRows = 6, kTileVectors = 2;
+  static constexpr int kTileRows = 6;
 };
 
 }  // namespace

@@ -5,8 +5,8 @@
 
 namespace {
 
-struct Ops : FloatElements<Avx512Vectors> {
-  static constexpr int kTileRows = 12, kTileVectors = 2;
+struct Ops : FloatElements<Avx512Vectors, 2> {
+  static constexpr int kTileRows = 12;
 };
 
 }  // namespace

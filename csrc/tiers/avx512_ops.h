@@ -59,6 +59,11 @@ struct Avx512Vectors {
   }
   static void StoreBf16(kt::Bf16* p, F x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), RoundToBf16(x)); }
 
+  static F PackBf16(F even, F odd) {
+    const __m512i low = _mm512_cvtepu16_epi32(RoundToBf16(even)), high = _mm512_cvtepu16_epi32(RoundToBf16(odd));
+    return _mm512_castsi512_ps(_mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+  }
+
   static void Transpose(F* v) {
     // 16 x 16 in four rounds: 4 x 4 blocks of single values, then blocks of four lanes.
     F t[16];

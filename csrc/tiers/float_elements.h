@@ -8,12 +8,12 @@
 
 namespace {
 
-template <class V>
+template <class V, int kVectors>
 struct FloatElements : V {
   using F = typename V::F;
   using Element = float;
   using Panel = F;
-  static constexpr int kPair = 1;
+  static constexpr int kPair = 1, kTileVectors = kVectors;
 
   static Panel LoadPanel(const Element* p) { return V::Load(p); }
   static Panel Broadcast(const Element* p) { return V::Set(*p); }
@@ -32,7 +32,9 @@ struct FloatElements : V {
     if (has_odd) V::Store(out + width, odd);
   }
 
-  static void InterleaveRows(Element* out, const Element* row, const Element*) { V::Store(out, V::Load(row)); }
+  static void InterleaveRows(Element* out, const Element* row, const Element*) {
+    for (int i = 0; i < kTileVectors * V::kLanes; i += V::kLanes) V::Store(out + i, V::Load(row + i));
+  }
 };
 
 }  // namespace

@@ -3,13 +3,15 @@
 // unit's. No std:: function or class is used for the same reason.
 //
 // What `Ops` provides:
-//   Element (Bf16 or float), kPair, kLanes, kTileRows, kTileVectors
-//   F: a vector of kLanes floats; Zero Set Load Store Add Sub Mul Div Fma Min Max Abs Round PowerOfTwo SelectNegative
-//   Sum LoadBf16 LoadF16 StoreBf16 StoreF16: kLanes values in memory from/to F Panel, LoadPanel, MultiplyAdd(acc, const
-//   Element* kPair values, Panel) ElementsFromBf16(src, count, out); StoreElements(F, out): kLanes elements in a row
-//   StoreActivation(out, width, F even, F odd): two depth steps of a B panel
-//   InterleaveRows(out, row0, row1): kLanes * kPair elements of a panel from kPair weight rows
-//   Transpose(F[kLanes]); Keep(F&)
+//  - Element (Bf16 or float), kPair, kLanes, kTileRows, kTileVectors
+//  - F, a vector of kLanes floats; Zero Set Load Store Add Sub Mul Div Fma Min Max Abs Round PowerOfTwo SelectNegative
+//  Sum
+//  - LoadBf16 LoadF16 StoreBf16 StoreF16: kLanes values in memory from and to F
+//  - Panel, LoadPanel, Broadcast(kPair elements), MultiplyAdd(sum, broadcast, panel)
+//  - ElementsFromBf16(src, count, out), StoreElements(F, out): elements in a row
+//  - StoreActivation(out, width, F even, F odd, has_odd): two depth steps of a B panel
+//  - InterleaveRows(out, row0, row1): one panel's width of kPair weight rows
+//  - PackBf16(F even, F odd): lane i holds the BF16 values even[i], odd[i]; Transpose(F[kLanes]); Keep(F&)
 #pragma once
 
 #include "cpu/numeric.h"
@@ -90,25 +92,33 @@ struct Kernels {
     ZeroElements(out + count, RoundUp(count, kPair) - count);
   }
 
+  // Rows are converted piece by piece and turned in registers, kLanes tokens and kLanes lanes' worth of depth at a
+  // time.
   static void PackPanel(const void* const* rows, DType type, int tokens, int width, int64_t count, void* panel) {
-    struct Unit {  // what one lane takes at a time
-      Element value[kPair];
-    };
-    Unit* out = static_cast<Unit*>(panel);
-    constexpr int kBlock =
-        64;  // depth values of every token in turn, so that the written part of the panel stays in L1
-    alignas(64) Unit buffer[kBlock / kPair];
-    for (int64_t k = 0; k < count; k += kBlock) {
-      const int64_t depth = Smaller(kBlock, count - k), units = CeilDiv(depth, kPair);
-      Unit* block = out + k / kPair * width;
-      for (int t = 0; t < width; ++t) {
-        if (t < tokens) {
-          buffer[units - 1] = Unit{};
-          ConvertRow(static_cast<const char*>(rows[t]) + k * DTypeBytes(type), type, depth, buffer[0].value);
-        } else {
-          std::memset(buffer, 0, sizeof(buffer));
+    constexpr int kPiece = kLanes * kPair;
+    static_assert(sizeof(Element) * kPair == sizeof(float), "a lane holds kPair elements");
+    float* const out = static_cast<float*>(panel);
+    for (int64_t k = 0; k < count; k += kPiece) {
+      const int64_t depth = Smaller(kPiece, count - k), steps = CeilDiv(depth, kPair);
+      for (int first = 0; first < width; first += kLanes) {
+        F block[kLanes];
+        for (int t = 0; t < kLanes; ++t) {
+          if (first + t >= tokens) {
+            block[t] = Ops::Zero();
+            continue;
+          }
+          const char* const source = static_cast<const char*>(rows[first + t]) + k * DTypeBytes(type);
+          if (kPair == 2 && type == DType::kBf16 && depth == kPiece) {
+            block[t] = Ops::Load(reinterpret_cast<const float*>(source));
+            continue;
+          }
+          alignas(64) Element piece[kPiece];
+          if (depth < kPiece) ZeroElements(piece, kPiece);
+          ConvertRow(source, type, depth, piece);
+          block[t] = Ops::Load(reinterpret_cast<const float*>(piece));
         }
-        for (int64_t u = 0; u < units; ++u) block[u * width + t] = buffer[u];
+        Ops::Transpose(block);
+        for (int64_t s = 0; s < steps; ++s) Ops::Store(out + (k / kPair + s) * width + first, block[s]);
       }
     }
   }
@@ -137,8 +147,7 @@ struct Kernels {
         }
         Element* out = static_cast<Element*>(panels) + first / kWidth * panel_stride + static_cast<int64_t>(r) * kWidth;
         for (int c = 0; c < padded; c += kWidth, out += panel_stride) {
-          for (int v = 0; v < kWidth; v += kLanes)
-            Ops::InterleaveRows(out + v * kPair, chunk[0] + c + v, chunk[kPair - 1] + c + v);
+          Ops::InterleaveRows(out, chunk[0] + c, chunk[kPair - 1] + c);
         }
       }
     }
@@ -247,17 +256,49 @@ struct Kernels {
 
   // ---- results ----
 
-  template <class Out, DType kType>
-  static void Transpose(const float* tile, int64_t tile_stride, int rows, int columns, Out* out, int64_t out_stride) {
+  static void TransposeToFloat(const float* tile, int64_t tile_stride, int rows, int columns, float* out,
+                               int64_t out_stride) {
     for (int r = 0; r < rows; r += kLanes) {
       for (int c = 0; c < columns; c += kLanes) {
         F block[kLanes];
-        for (int i = 0; i < kLanes; ++i)
+        for (int i = 0; i < kLanes; ++i) {
           block[i] = r + i < rows ? Ops::Load(tile + (r + i) * tile_stride + c) : Ops::Zero();
+        }
         Ops::Transpose(block);
         const int last = static_cast<int>(Smaller(kLanes, columns - c));
-        for (int i = 0; i < last; ++i)
-          StoreTail(reinterpret_cast<char*>(out + (c + i) * out_stride), kType, r, rows, block[i]);
+        for (int i = 0; i < last; ++i) {
+          StoreTail(reinterpret_cast<char*>(out + (c + i) * out_stride), DType::kF32, r, rows, block[i]);
+        }
+      }
+    }
+  }
+
+  // Two rows are rounded into the halves of one vector first, so that one turn in registers serves twice as many
+  // values.
+  static void TransposeToBf16(const float* tile, int64_t tile_stride, int rows, int columns, Bf16* out,
+                              int64_t out_stride) {
+    constexpr int kBlockRows = 2 * kLanes;
+    for (int r = 0; r < rows; r += kBlockRows) {
+      const int64_t left = Smaller(kBlockRows, rows - r);
+      for (int c = 0; c < columns; c += kLanes) {
+        F block[kLanes];
+        for (int i = 0; i < kLanes; ++i) {
+          const float* const even = tile + (r + 2 * i) * tile_stride + c;
+          block[i] = Ops::PackBf16(2 * i < left ? Ops::Load(even) : Ops::Zero(),
+                                   2 * i + 1 < left ? Ops::Load(even + tile_stride) : Ops::Zero());
+        }
+        Ops::Transpose(block);
+        const int last = static_cast<int>(Smaller(kLanes, columns - c));
+        for (int i = 0; i < last; ++i) {
+          float* const to = reinterpret_cast<float*>(out + (c + i) * out_stride + r);
+          if (left == kBlockRows) {
+            Ops::Store(to, block[i]);
+            continue;
+          }
+          alignas(64) float buffer[kLanes];
+          Ops::Store(buffer, block[i]);
+          std::memcpy(to, buffer, left * sizeof(Bf16));
+        }
       }
     }
   }
@@ -338,8 +379,8 @@ struct Kernels {
     SetActivation<Ungated<Ops, Gelu>>(table, 0, Activation::kGelu);
     SetActivation<Ungated<Ops, GeluTanh>>(table, 0, Activation::kGeluTanh);
     SetActivation<Ungated<Ops, Relu2>>(table, 0, Activation::kRelu2);
-    table.transpose_to_float = Transpose<float, DType::kF32>;
-    table.transpose_to_bf16 = Transpose<Bf16, DType::kBf16>;
+    table.transpose_to_float = TransposeToFloat;
+    table.transpose_to_bf16 = TransposeToBf16;
     table.combine = Combine;
     table.dot = Dot;
     table.register_products = RegisterProducts;

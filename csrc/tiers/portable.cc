@@ -69,14 +69,20 @@ struct PortableVectors {
     for (int i = 0; i < kLanes; ++i) p[i] = kt::F16FromFloat(x[i]);
   }
 
+  static F PackBf16(F even, F odd) {
+    return Each([&](int i) {
+      return kt::FloatFromBits(kt::Bf16FromFloat(even[i]) | static_cast<uint32_t>(kt::Bf16FromFloat(odd[i])) << 16);
+    });
+  }
+
   static void Transpose(F* v) {
     const F a = v[0], b = v[1], c = v[2], d = v[3];
     for (int i = 0; i < kLanes; ++i) v[i] = F{a[i], b[i], c[i], d[i]};
   }
 };
 
-struct Ops : FloatElements<PortableVectors> {
-  static constexpr int kTileRows = 4, kTileVectors = 2;
+struct Ops : FloatElements<PortableVectors, 2> {
+  static constexpr int kTileRows = 4;
 };
 
 }  // namespace
