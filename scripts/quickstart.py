@@ -22,6 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import yaml
 from quickstart_steps.corpus import NEW_SKILL, skill_examples
 from quickstart_steps.processes import REPOSITORY, StepError, llamafactory_cli, run, run_step
 from quickstart_steps.report import build_figures, check_targets, draw_losses, print_report
@@ -119,8 +120,8 @@ def export_merged(options: Options, recipe: dict[str, Any]) -> None:
         "export_dir": str(options.out / "merged"),
         "export_device": "cpu",
     }
-    path = options.logs / "export.json"
-    path.write_text(json.dumps(arguments, indent=2) + "\n")
+    path = options.logs / "export.yaml"
+    path.write_text(yaml.safe_dump(arguments, sort_keys=False))
     run("export", [llamafactory_cli(), "export", str(path)], options.logs / "export.log")
 
 

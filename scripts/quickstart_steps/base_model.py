@@ -1,13 +1,14 @@
 """Makes the quickstart's base model: a small Qwen3-MoE, trained from scratch on the base skills until it has them.
 
 Run as `python -m quickstart_steps.base_model --out DIRECTORY`. The experts are fine-grained (16, of which a
-token uses 4) and wide for the hidden size: they are most of a training step's work, as in the models that this package is
-for.
+token uses 4) and wide for the hidden size: they are most of a training step's work, as in the models that this package
+is for.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -16,6 +17,7 @@ import math
 import shutil
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -42,7 +44,7 @@ class BaseModelSettings:
     num_heads: int = 4
     num_experts: int = 16
     experts_per_token: int = 4
-    steps: int = 350
+    steps: int = 300
     batch_size: int = 96
     learning_rate: float = 2e-3
     warmup_steps: int = 30
@@ -98,7 +100,7 @@ def make_batch(tokenizer: PreTrainedTokenizerFast, examples: list[Example]) -> d
 
 
 def train(model: Qwen3MoeForCausalLM, tokenizer: PreTrainedTokenizerFast, settings: BaseModelSettings) -> list[float]:
-    """Trains the model in place, in FP32; returns the loss of every step."""
+    """Trains the model in place, in FP32, the same way every time; returns the loss of every step."""
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     model.to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
@@ -126,6 +128,17 @@ def train(model: Qwen3MoeForCausalLM, tokenizer: PreTrainedTokenizerFast, settin
     return losses
 
 
+@contextlib.contextmanager
+def deterministic_algorithms() -> Iterator[None]:
+    """Within it torch computes the same bits every time (the backward pass of indexing is a race otherwise)."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
 def make_base_model(settings: BaseModelSettings, out: Path) -> bool:
     """Makes the model in `out`, as a BF16 checkpoint, unless the same one is there; True when it had to be made."""
     stamp = out / STAMP
@@ -134,7 +147,8 @@ def make_base_model(settings: BaseModelSettings, out: Path) -> bool:
     shutil.rmtree(out, ignore_errors=True)
     tokenizer = train_tokenizer(settings.seed)
     model = build_model(settings, tokenizer)
-    losses = train(model, tokenizer, settings)
+    with deterministic_algorithms():
+        losses = train(model, tokenizer, settings)
     model.to(device="cpu", dtype=torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)
     parameters = sum(parameter.numel() for parameter in model.parameters())
