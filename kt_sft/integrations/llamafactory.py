@@ -12,10 +12,12 @@ import json
 import logging
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from kt_sft.config import ConfigError, KTConfig
+from kt_sft.loading.checkpoint import read_header
 
 #: The field's value in a recipe without the key. Not None, because that is what an empty `kt_sft:` gives.
 _ABSENT = ""
@@ -179,6 +181,27 @@ def _check_model_arguments(model_args: Any) -> None:
     _refuse(model_args, _EXCLUDED_MODEL_ARGUMENTS)
     if model_args.infer_backend != "huggingface":
         raise ConfigError("kt_sft: chat and api run with infer_backend huggingface only; remove infer_backend")
+    for adapter in _as_list(model_args.adapter_name_or_path):
+        _check_adapter(adapter)
+
+
+def _as_list(paths: Any) -> list[str]:
+    if paths is None:
+        return []
+    return [path.strip() for path in paths.split(",")] if isinstance(paths, str) else list(paths)
+
+
+def _check_adapter(adapter: str) -> None:
+    """PEFT drops tensors of modules that a model does not have without a word, so an adapter is looked at first."""
+    weights = Path(adapter) / "adapter_model.safetensors"
+    if not weights.exists():
+        return
+    trained = [key for key in read_header(weights) if ".experts." in key]
+    if trained:
+        raise ConfigError(
+            f"kt_sft: the adapter {adapter} has weights for routed experts ({trained[0]}), which this version cannot "
+            "apply; use it without kt_sft"
+        )
 
 
 def _check_finetuning_arguments(finetuning_args: Any) -> None:
@@ -211,4 +234,3 @@ def _show_log() -> None:
     handler.setFormatter(logging.Formatter("[%(levelname)s|%(name)s] %(asctime)s >> %(message)s"))
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
-    logger.propagate = False

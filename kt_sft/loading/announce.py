@@ -17,7 +17,7 @@ def announce(config: KTConfig, plans: Sequence[ModulePlan], stores: Sequence[Lay
     """Logs, on the first process of this machine, the tier, threads, layers, format and memory of the experts."""
     if local_rank_and_size()[0] != 0:
         return
-    info = system_info()
+    info = system_info(config.num_threads)
     experts = sum(plan.layout.num_experts for plan in plans)
     resident = sum({id(store): store.nbytes for store in stores}.values())
     logger.info(
@@ -27,7 +27,7 @@ def announce(config: KTConfig, plans: Sequence[ModulePlan], stores: Sequence[Lay
         config.stored_format,
         resident / (1 << 30),
         info["tier"],
-        config.num_threads or info["threads"],
+        info["threads"],
     )
     converted = sorted({read.view.entry.dtype_name for plan in plans for read in plan.reads} - {"BF16"})
     if converted and config.stored_format == "bf16":

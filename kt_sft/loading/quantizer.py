@@ -21,7 +21,7 @@ from kt_sft.loading.errors import CheckpointError
 from kt_sft.loading.layout import ExpertLayout, find_experts
 from kt_sft.loading.mapping import ModulePlan, feeds_experts, plan_experts
 from kt_sft.loading.memory import require_bytes
-from kt_sft.loading.saving import state_with_experts
+from kt_sft.loading.saving import guard_source, state_with_experts
 from kt_sft.loading.sharing import publish_store, shared_store
 from kt_sft.loading.streaming import stream
 
@@ -116,6 +116,7 @@ class KTQuantizer(HfQuantizer):
         for plan, store in stores:
             publish_store(self._key(plan), store)
         self._look_unquantised(model)
+        guard_source(model, [file for file, _, _ in self._identity])
         announce(self._config, self._plans, [store for _, store in stores])
         return model
 

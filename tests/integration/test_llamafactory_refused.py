@@ -9,7 +9,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from commands import run_command
+from safetensors.torch import save_file
 
 from kt_sft.config import ConfigError, KTConfig
 
@@ -82,6 +84,21 @@ def test_an_inference_engine_of_its_own_is_refused(tiny_moe: Path) -> None:
     get_infer_args(recipe)
     with pytest.raises(ConfigError, match="infer_backend huggingface only"):
         get_infer_args(recipe | {"infer_backend": "vllm"})
+
+
+def test_an_adapter_on_experts_is_refused(parse: Callable[..., Any], tmp_path: Path) -> None:
+    keys = {
+        "attention": "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight",
+        "shared": "base_model.model.model.layers.0.mlp.shared_experts.up_proj.lora_A.weight",
+        "experts": "base_model.model.model.layers.0.mlp.experts.base_layer.lora_A.weight",
+    }
+    for name, key in keys.items():
+        (tmp_path / name).mkdir()
+        save_file({key: torch.zeros(2, 2)}, tmp_path / name / "adapter_model.safetensors")
+    fine = f"{tmp_path / 'attention'},{tmp_path / 'shared'}"
+    assert parse(kt_sft={}, adapter_name_or_path=fine)[0].kt_sft == {}
+    with pytest.raises(ConfigError, match="has weights for routed experts"):
+        parse(kt_sft={}, adapter_name_or_path=f"{fine},{tmp_path / 'experts'}")
 
 
 def test_a_json_string_is_as_good_as_a_block(parse: Callable[..., Any]) -> None:

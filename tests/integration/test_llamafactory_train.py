@@ -53,11 +53,15 @@ def test_resume_continues_as_if_uninterrupted(
     [
         pytest.param({"stage": "pt", "dataset": "pt"}, id="pt"),
         pytest.param({"stage": "dpo", "dataset": "pair", "pref_beta": 0.1}, id="dpo"),
+        pytest.param({"stage": "dpo", "dataset": "pair", "ref_model": "MODEL"}, id="dpo with a reference model"),
         pytest.param({"stage": "kto", "dataset": "kto", "pref_beta": 0.1}, id="kto"),
         pytest.param({"stage": "rm", "dataset": "pair"}, id="rm"),
     ],
 )
-def test_other_stages(changes: dict[str, Any], write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+def test_other_stages(
+    changes: dict[str, Any], write_recipe: Callable[..., Path], tiny_moe: Path, tmp_path: Path
+) -> None:
+    changes = {key: str(tiny_moe) if value == "MODEL" else value for key, value in changes.items()}
     recipe = write_recipe(**KT_SFT, **changes, max_steps=3, save_steps=3)
 
     result = run_command(["llamafactory-cli", "train", str(recipe)])

@@ -111,6 +111,20 @@ class TestLayouts:
         assert torch.equal(stores(ours)[0].dequantized()[0], experts.gate_up_proj.bfloat16().float())
         assert "experts are stored rounded to BF16" in caplog.text
 
+    def test_by_name_from_the_hubs_cache(self, tiny_moe: Path, tmp_path: Path) -> None:
+        repository = tmp_path / "models--someone--tiny"
+        shutil.copytree(tiny_moe, repository / "blobs-of-main")
+        (repository / "snapshots").mkdir()
+        shutil.move(repository / "blobs-of-main", repository / "snapshots" / ("0" * 40))
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text("0" * 40)
+
+        ours = AutoModelForCausalLM.from_pretrained(
+            "someone/tiny", quantization_config=KTConfig(), cache_dir=tmp_path, local_files_only=True
+        )
+
+        assert same_experts(ours, load(tiny_moe))
+
     def test_layers_that_the_model_does_not_have_are_left_alone(
         self, tiny_moe: Path, edit: Any, checkpoint: Path
     ) -> None:
@@ -360,6 +374,21 @@ class TestSaving:
         shutil.rmtree(checkpoint)
         with pytest.raises(CheckpointError, match="which is gone"):
             model.save_pretrained(tmp_path / "saved")
+
+    def test_the_source_itself_is_not_overwritten(self, checkpoint: Path, tmp_path: Path) -> None:
+        before = (checkpoint / "model.safetensors").read_bytes()
+        (tmp_path / "link").symlink_to(checkpoint)
+        model = load(checkpoint)
+        for folder in (checkpoint, str(checkpoint) + "/", tmp_path / "link"):
+            for candidate in (model, copy.deepcopy(model)):
+                with pytest.raises(CheckpointError, match="save into another folder"):
+                    candidate.save_pretrained(folder)
+        assert (checkpoint / "model.safetensors").read_bytes() == before
+
+    def test_only_adapters_are_saved_where_transformers_holds_them(self, tiny_moe: Path) -> None:
+        model = load(tiny_moe)
+        model._hf_peft_config_loaded = True  # what model.add_adapter sets
+        assert model.hf_quantizer.get_state_dict_and_metadata(model) == (None, {})
 
     def test_a_part_of_the_model_is_refused(self, tiny_moe: Path, tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match="Qwen3MoeModel is a part of Qwen3MoeForCausalLM"):
