@@ -70,8 +70,9 @@ void ThreadPool::RunErased(int64_t tasks, Invoke invoke, const void* function) {
   invoke_ = invoke;
   function_ = function;
   next_task_.store(0, std::memory_order_relaxed);
-  busy_workers_.store(static_cast<int>(workers_.size()), std::memory_order_relaxed);
-  round_.fetch_add(1);  // sequentially consistent: either a worker sees the new round, or we see that it sleeps
+  const uint64_t round = gate_.load(std::memory_order_relaxed) / kRound + 1;
+  gate_.store(round * kRound +
+              kOpen);  // sequentially consistent: a worker sees the open gate, or we see that it sleeps
   if (sleepers_.load() > 0) {
     {
       const std::lock_guard<std::mutex> lock(mutex_);
@@ -79,8 +80,9 @@ void ThreadPool::RunErased(int64_t tasks, Invoke invoke, const void* function) {
     wake_.notify_all();
   }
   DrainTasks(0);
-  const auto idle = [this] { return busy_workers_.load(std::memory_order_acquire) == 0; };
-  while (!SpinUntil(idle)) std::this_thread::yield();
+  gate_.fetch_sub(kOpen);
+  const auto empty = [this] { return gate_.load(std::memory_order_acquire) % kRound == 0; };
+  while (!SpinUntil(empty)) std::this_thread::yield();
 }
 
 void ThreadPool::DrainTasks(int worker) {
@@ -93,8 +95,11 @@ void ThreadPool::DrainTasks(int worker) {
 
 void ThreadPool::WorkerLoop(int worker) {
   Pin(worker);
-  uint64_t seen = 0;
-  const auto called = [this, &seen] { return round_.load(std::memory_order_acquire) != seen || stopping_.load(); };
+  uint64_t last_round = 0;
+  const auto called = [this, &last_round] {
+    const uint64_t gate = gate_.load();  // sequentially consistent, as in RunErased
+    return ((gate & kOpen) != 0 && gate / kRound != last_round) || stopping_.load();
+  };
   for (;;) {
     if (!SpinUntil(called)) {
       std::unique_lock<std::mutex> lock(mutex_);
@@ -103,9 +108,13 @@ void ThreadPool::WorkerLoop(int worker) {
       sleepers_.fetch_sub(1);
     }
     if (stopping_.load()) return;
-    seen = round_.load(std::memory_order_acquire);
+    uint64_t gate = gate_.load(std::memory_order_acquire);
+    while ((gate & kOpen) != 0 && !gate_.compare_exchange_weak(gate, gate + kWorker, std::memory_order_acq_rel)) {
+    }
+    last_round = gate / kRound;
+    if ((gate & kOpen) == 0) continue;  // over before we were there
     DrainTasks(worker);
-    busy_workers_.fetch_sub(1, std::memory_order_release);
+    gate_.fetch_sub(kWorker, std::memory_order_release);
   }
 }
 

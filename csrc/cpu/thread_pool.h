@@ -44,14 +44,17 @@ class ThreadPool {
   const std::vector<int> cpus_;
   std::vector<std::thread> workers_;
 
-  // The current round of tasks. Written by Run before `round_` is advanced, read by workers after they saw it advance.
+  // The current round of tasks. Written by Run while no worker is inside; read by workers inside.
   int64_t tasks_ = 0;
   Invoke invoke_ = nullptr;
   const void* function_ = nullptr;
-
   std::atomic<int64_t> next_task_{0};
-  std::atomic<int> busy_workers_{0};
-  std::atomic<uint64_t> round_{0};
+
+  // Who is inside the current round: kOpen while workers may still enter, plus kWorker for each that is inside, plus
+  // the number of the round in the upper bits. Run waits only for workers that entered: one whose CPU somebody else
+  // holds just misses the round.
+  static constexpr uint64_t kOpen = 1, kWorker = 2, kRound = uint64_t{1} << 20;
+  std::atomic<uint64_t> gate_{0};
   std::atomic<bool> stopping_{false};
   std::atomic<int> sleepers_{0};
   std::mutex mutex_;

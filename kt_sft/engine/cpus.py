@@ -9,6 +9,7 @@ from pathlib import Path
 from kt_sft.config import local_rank_and_size
 
 _CGROUP_ROOT = Path("/sys/fs/cgroup")
+_NODES = Path("/sys/devices/system/node")
 
 
 def usable_cpus() -> list[int]:
@@ -31,12 +32,17 @@ def cgroup_cpu_limit(root: Path = _CGROUP_ROOT) -> float | None:
     return microseconds / period_microseconds if microseconds > 0 else None
 
 
+def numa_nodes(root: Path = _NODES) -> int:
+    """How many NUMA nodes this machine shows."""
+    return max(1, sum(1 for node in root.glob("node[0-9]*")))
+
+
 def engine_cpus(num_threads: int | None) -> tuple[int, list[int]]:
     """How many threads the engine runs and the CPUs they are pinned to.
 
-    The usable CPUs are divided among the processes that a launcher started on this machine. Threads are pinned only
-    when there is one for each CPU of
-    this process's share: fewer could be pinned behind somebody else's work while other CPUs idle.
+    The usable CPUs are divided among the processes that a launcher started on this machine. Threads are pinned only where
+    it matters which CPU is near which memory, and only when there is one for each CPU of this process's share: a pinned
+    thread waits behind somebody else's work on its CPU while other CPUs may idle.
 
     Args:
         num_threads: As asked for; None takes the whole share.
@@ -50,4 +56,4 @@ def engine_cpus(num_threads: int | None) -> tuple[int, list[int]]:
     limit = cgroup_cpu_limit()
     granted = len(share) if limit is None else max(1, min(len(share), math.ceil(limit / processes)))
     threads = granted if num_threads is None else num_threads
-    return threads, share if threads == len(share) else []
+    return threads, share if numa_nodes() > 1 and threads == len(share) else []

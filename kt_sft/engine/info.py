@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from kt_sft.engine import _native  # type: ignore[attr-defined]
-from kt_sft.engine.cpus import cgroup_cpu_limit, usable_cpus
+from kt_sft.engine.cpus import cgroup_cpu_limit, numa_nodes, usable_cpus
 from kt_sft.engine.engine import available_tiers, get_engine
 
 _CGROUP_ROOT = Path("/sys/fs/cgroup")
-_NODES = Path("/sys/devices/system/node")
 
 
 def system_info(num_threads: int | None = None) -> dict[str, Any]:
@@ -53,11 +52,6 @@ def system_info(num_threads: int | None = None) -> dict[str, Any]:
 @functools.cache
 def _measured(engine: Any) -> tuple[float, float]:
     return engine.measure_peak()
-
-
-def numa_nodes(root: Path = _NODES) -> int:
-    """How many NUMA nodes this machine shows."""
-    return max(1, sum(1 for node in root.glob("node[0-9]*")))
 
 
 def available_memory(meminfo: Path = Path("/proc/meminfo"), cgroup: Path = _CGROUP_ROOT) -> int:

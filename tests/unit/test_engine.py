@@ -63,11 +63,16 @@ class TestCpus:
     def machine(self, monkeypatch):
         monkeypatch.setattr(cpus, "usable_cpus", lambda: list(range(8)))
         monkeypatch.setattr(cpus, "cgroup_cpu_limit", lambda: None)
+        monkeypatch.setattr(cpus, "numa_nodes", lambda: 2)
         monkeypatch.delenv("LOCAL_RANK", raising=False)
         monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
 
     def test_a_lone_process_takes_and_pins_all(self):
         assert cpus.engine_cpus(None) == (8, list(range(8)))
+
+    def test_where_all_memory_is_equally_near_threads_are_not_pinned(self, monkeypatch):
+        monkeypatch.setattr(cpus, "numa_nodes", lambda: 1)
+        assert cpus.engine_cpus(None) == (8, [])
 
     def test_fewer_or_more_threads_are_not_pinned(self):
         assert cpus.engine_cpus(3) == (3, [])
@@ -124,8 +129,8 @@ def test_available_memory_is_the_lesser_of_machine_and_container(tmp_path):
 
 
 def test_numa_nodes_are_counted(tmp_path):
-    assert info.numa_nodes(tmp_path) == 1
+    assert cpus.numa_nodes(tmp_path) == 1
     for node in range(3):
         (tmp_path / f"node{node}").mkdir()
     (tmp_path / "possible").mkdir()
-    assert info.numa_nodes(tmp_path) == 3
+    assert cpus.numa_nodes(tmp_path) == 3
