@@ -40,7 +40,8 @@ def numa_nodes(root: Path = _NODES) -> int:
 def engine_cpus(num_threads: int | None) -> tuple[int, list[int]]:
     """How many threads the engine runs and the CPUs they are pinned to.
 
-    The usable CPUs are divided among the processes that a launcher started on this machine. Threads are pinned only where
+    The usable CPUs are divided among the processes that a launcher started on this machine. Threads are pinned only
+    where
     it matters which CPU is near which memory, and only when there is one for each CPU of this process's share: a pinned
     thread waits behind somebody else's work on its CPU while other CPUs may idle.
 
