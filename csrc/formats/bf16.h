@@ -9,9 +9,14 @@ struct Bf16Format {
   static constexpr const char* kName = "bf16";
   static constexpr int64_t RowBytes(int64_t columns) { return columns * 2; }
 
+  // Where the weight at (row, column) is stored.
+  static const uint8_t* Address(const MatrixView& w, int64_t row, int64_t column) {
+    return w.rows + row * w.row_stride + column * 2;
+  }
+
   template <class Ops>
   static void DecodeRow(const MatrixView& w, int64_t row, int64_t column, int64_t count, typename Ops::Element* out) {
-    Ops::ElementsFromBf16(w.rows + row * w.row_stride + column * 2, count, out);
+    Ops::ElementsFromBf16(Address(w, row, column), count, out);
   }
 };
 

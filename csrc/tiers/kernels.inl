@@ -132,6 +132,15 @@ struct Kernels {
     }
   }
 
+  // Short runs of many rows are more than the hardware foresees: each row is asked for this many rows ahead.
+  static constexpr int kAhead = 16;
+
+  template <class Format>
+  static void Prefetch(const MatrixView& w, int64_t row, int64_t column, int64_t count) {
+    const uint8_t* const end = Format::Address(w, row, column + count);
+    for (const uint8_t* line = Format::Address(w, row, column); line < end; line += 64) __builtin_prefetch(line);
+  }
+
   template <class Format>
   static void DecodePanels(const MatrixView& w, int64_t row, int rows, int64_t column, int columns, void* panels,
                            int64_t panel_stride) {
@@ -143,6 +152,7 @@ struct Kernels {
         for (int p = 0; p < kPair; ++p) {
           const int decoded = r + p < rows ? count : 0;
           if (decoded > 0) Format::template DecodeRow<Ops>(w, row + r + p, column + first, decoded, chunk[p]);
+          if (r + p + kAhead < rows) Prefetch<Format>(w, row + r + p + kAhead, column + first, count);
           ZeroElements(chunk[p] + decoded, padded - decoded);
         }
         Element* out = static_cast<Element*>(panels) + first / kWidth * panel_stride + static_cast<int64_t>(r) * kWidth;
