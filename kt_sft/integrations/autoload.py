@@ -20,6 +20,7 @@ _BEFORE = {
 }
 _AFTER = {
     "transformers.quantizers.auto": ("kt_sft.integrations.transformers", "register"),
+    "transformers.modeling_utils": ("kt_sft.integrations.transformers", "guard_saving"),
     "llamafactory.hparams.model_args": ("kt_sft.integrations.llamafactory", "extend_model_arguments"),
     "llamafactory.hparams.parser": ("kt_sft.integrations.llamafactory", "check_parsed_arguments"),
     "llamafactory.hparams": ("kt_sft.integrations.llamafactory", "settle_package"),

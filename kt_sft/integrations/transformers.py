@@ -1,4 +1,4 @@
-"""Where kt_sft attaches to transformers: its quantizer registry, and one seam beyond it."""
+"""Where kt_sft attaches to transformers: its quantizer registry, and two seams beyond it."""
 
 from __future__ import annotations
 
@@ -21,6 +21,24 @@ def register(auto: ModuleType) -> None:
     auto.register_quantization_config(QUANT_METHOD)(KTConfig)
     auto.register_quantizer(QUANT_METHOD)(_made_on_use(auto.HfQuantizer))
     _let_config_win(auto.AutoHfQuantizer)
+
+
+def guard_saving(modeling: ModuleType) -> None:
+    """Wraps `PreTrainedModel.save_pretrained`, which tells a quantizer what to save but not where.
+
+    Args:
+        modeling: The module `transformers.modeling_utils`.
+    """
+    save = modeling.PreTrainedModel.save_pretrained
+
+    @functools.wraps(save)
+    def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        check = getattr(getattr(self, "hf_quantizer", None), "check_save_directory", None)
+        if check is not None:
+            check(save_directory)
+        return save(self, save_directory, *args, **kwargs)
+
+    modeling.PreTrainedModel.save_pretrained = save_pretrained
 
 
 def _made_on_use(base: type) -> type:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from typing import Any
 
@@ -21,7 +22,7 @@ from kt_sft.loading.errors import CheckpointError
 from kt_sft.loading.layout import ExpertLayout, find_experts
 from kt_sft.loading.mapping import ModulePlan, feeds_experts, plan_experts
 from kt_sft.loading.memory import require_bytes
-from kt_sft.loading.saving import guard_source, state_with_experts
+from kt_sft.loading.saving import check_target, state_with_experts
 from kt_sft.loading.sharing import publish_store, shared_store
 from kt_sft.loading.streaming import stream
 
@@ -116,9 +117,16 @@ class KTQuantizer(HfQuantizer):
         for plan, store in stores:
             publish_store(self._key(plan), store)
         self._look_unquantised(model)
-        guard_source(model, [file for file, _, _ in self._identity])
         announce(self._config, self._plans, [store for _, store in stores])
         return model
+
+    def check_save_directory(self, save_directory: str | os.PathLike[str]) -> None:
+        """Called before a model is saved.
+
+        Raises:
+            CheckpointError: The experts' own source lies there.
+        """
+        check_target(save_directory, self._identity)
 
     def get_state_dict_and_metadata(
         self, model: PreTrainedModel

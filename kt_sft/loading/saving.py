@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from types import MethodType
 from typing import Any
 
 import torch
@@ -19,9 +18,6 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from kt_sft.loading.checkpoint import Checkpoint, TensorEntry
 from kt_sft.loading.errors import CheckpointError
 from kt_sft.loading.mapping import ModulePlan
-
-# Attributes set on a model.
-_SAVE, _SOURCES = "save_pretrained", "_kt_sft_sources"
 
 
 def state_with_experts(
@@ -51,24 +47,18 @@ def state_with_experts(
     return state
 
 
-def guard_source(model: nn.Module, files: Sequence[str]) -> None:
-    """Makes `model.save_pretrained` refuse the folder that `files`, the source of the experts, lie in.
+def check_target(save_directory: str | os.PathLike[str], source: tuple[tuple[str, int, int], ...]) -> None:
+    """Refuses to save into the folder that the experts are copied from: writing would truncate the very files.
 
-    Writing there would truncate the very files that the experts are being copied from.
+    Raises:
+        CheckpointError: `save_directory` holds a file of `source`.
     """
-    folders = {os.path.dirname(os.path.realpath(file)) for file in files} | {
-        os.path.dirname(os.path.abspath(f)) for f in files
-    }
-    setattr(model, _SAVE, MethodType(_save_elsewhere, model))
-    setattr(model, _SOURCES, frozenset(folders))
-
-
-def _save_elsewhere(self: Any, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
-    if {os.path.realpath(save_directory), os.path.abspath(save_directory)} & getattr(self, _SOURCES):
+    files = {file for file, _, _ in source}
+    here = os.scandir(save_directory) if os.path.isdir(save_directory) else []
+    if any(os.path.realpath(entry.path) in files for entry in here):  # also through the links of the hub's cache
         raise CheckpointError(
             f"{os.fspath(save_directory)}: the experts are copied from this checkpoint; save into another folder"
         )
-    return type(self).save_pretrained(self, save_directory, *args, **kwargs)
 
 
 def keys_for_saving(keys: Iterable[str], conversions: Sequence[Any]) -> dict[str, str]:

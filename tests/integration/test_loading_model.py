@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import filecmp
+import gc
 import json
 import shutil
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -265,6 +267,7 @@ class TestDamage:
         self, tiny_moe: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         asked: list[tuple[int, str]] = []
+        monkeypatch.setattr("kt_sft.loading.quantizer.shared_store", lambda _: None)
         monkeypatch.setattr("kt_sft.loading.quantizer.require_bytes", lambda need, what: asked.append((need, what)))
         for size in ("1", "3"):
             monkeypatch.setenv("LOCAL_WORLD_SIZE", size)
@@ -329,6 +332,16 @@ class TestSharing:
             with pytest.raises(CheckpointError, match="gate of expert 3"):
                 load(checkpoint)
 
+    def test_models_let_go_free_their_stores_at_once(self, checkpoint: Path) -> None:
+        model = load(checkpoint)
+        held = weakref.ref(stores(model)[0])
+        gc.disable()  # a cycle would keep the experts of a large model in memory for long
+        try:
+            del model
+            assert held() is None
+        finally:
+            gc.enable()
+
     def test_copies_share(self, tiny_moe: Path) -> None:
         model = load(tiny_moe)
         assert stores(copy.deepcopy(model))[0] is stores(model)[0]
@@ -383,6 +396,10 @@ class TestSaving:
             for candidate in (model, copy.deepcopy(model)):
                 with pytest.raises(CheckpointError, match="save into another folder"):
                     candidate.save_pretrained(folder)
+        copied = copy.deepcopy(model)
+        copied.lm_head.weight.data.zero_()
+        copied.save_pretrained(tmp_path / "elsewhere")
+        assert not load_file(tmp_path / "elsewhere" / "model.safetensors")["lm_head.weight"].any()
         assert (checkpoint / "model.safetensors").read_bytes() == before
 
     def test_only_adapters_are_saved_where_transformers_holds_them(self, tiny_moe: Path) -> None:
