@@ -1,4 +1,4 @@
-"""CpuExperts with tensors of an accelerator: the same bits as with CPU tensors. Skipped where there is no accelerator."""
+"""CpuExperts with tensors of an accelerator gives the same bits as with CPU tensors; skipped where there is none."""
 
 from __future__ import annotations
 
