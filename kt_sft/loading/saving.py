@@ -54,7 +54,7 @@ def check_target(save_directory: str | os.PathLike[str], source: tuple[tuple[str
         CheckpointError: `save_directory` holds a file of `source`.
     """
     files = {file for file, _, _ in source}
-    here = os.scandir(save_directory) if os.path.isdir(save_directory) else []
+    here: Iterable[os.DirEntry[str]] = os.scandir(save_directory) if os.path.isdir(save_directory) else []
     if any(os.path.realpath(entry.path) in files for entry in here):  # also through the links of the hub's cache
         raise CheckpointError(
             f"{os.fspath(save_directory)}: the experts are copied from this checkpoint; save into another folder"

@@ -12,6 +12,7 @@ import pytest
 import torch
 from commands import run_command
 from safetensors.torch import save_file
+from transformers import HfArgumentParser
 
 from kt_sft.config import ConfigError, KTConfig
 
@@ -103,6 +104,17 @@ def test_an_adapter_on_experts_is_refused(parse: Callable[..., Any], tmp_path: P
 
 def test_a_json_string_is_as_good_as_a_block(parse: Callable[..., Any]) -> None:
     assert parse(kt_sft='{"num_threads": 2}')[0].kt_sft == {"num_threads": 2}
+
+
+def test_the_command_line_knows_the_key(tiny_moe: Path) -> None:
+    from llamafactory.hparams import ModelArguments
+
+    parser = HfArgumentParser([ModelArguments])
+    assert "--kt_sft" in parser.format_help()
+    (arguments,) = parser.parse_args_into_dataclasses(
+        ["--model_name_or_path", str(tiny_moe), "--kt_sft", '{"num_threads": 2}']
+    )
+    assert arguments.kt_sft == {"num_threads": 2}
 
 
 def test_copies_of_the_arguments_keep_the_block(parse: Callable[..., Any]) -> None:

@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from commands import run_command, train_losses
+from tiny import make_tokenizer
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 KT_SFT: dict[str, Any] = {"kt_sft": {}}
 WITHOUT_PLUGIN = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
@@ -114,3 +117,34 @@ def test_recipe_without_the_key_trains_as_without_kt_sft(write_recipe: Callable[
         losses.append(train_losses(tmp_path / "out"))
 
     assert losses[0] == losses[1]
+
+
+def test_a_dense_model_trains_with_the_key_as_without(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    model = tmp_path / "dense"
+    make_dense(model)
+    losses = []
+    for block in ({}, None):
+        recipe = write_recipe(model_name_or_path=str(model), kt_sft=block, max_steps=3)
+        result = run_command(["llamafactory-cli", "train", str(recipe)])
+        assert result.returncode == 0, result.stdout
+        assert ("has no routed experts; kt_sft leaves it as it is" in result.stdout) == (block is not None)
+        losses.append(train_losses(tmp_path / "out"))
+
+    assert losses[0] == losses[1]
+
+
+def make_dense(folder: Path) -> None:
+    """Writes a tiny random dense model with the tokenizer of the tiny MoE model."""
+    tokens = make_tokenizer(folder)
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=tokens,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        initializer_range=0.2,
+    )
+    Qwen3ForCausalLM(config).bfloat16().save_pretrained(folder)
