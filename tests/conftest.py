@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny import make_qwen3_moe, make_tokenizer
+
+from tests.tiny import make_qwen3_moe, make_tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -10,8 +10,9 @@ import pytest
 import torch
 import yaml
 from commands import run_command, train_losses
-from tiny import make_tokenizer
 from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from tests.tiny import make_tokenizer
 
 KT_SFT: dict[str, Any] = {"kt_sft": {}}
 WITHOUT_PLUGIN = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
