@@ -168,6 +168,7 @@ def quickstart(options: Options, console: Console) -> bool:
         seconds[step] = time.monotonic() - start
         console.print(f"[dim]{seconds[step]:4.0f} s[/]  {step} ...", highlight=False)
 
+    console.print(f"every program's output: {options.out / 'logs'}", highlight=False)
     announce("base model and data")
     machine = prepare(options)
     if options.prepare_only:

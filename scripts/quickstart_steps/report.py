@@ -75,28 +75,30 @@ def check_targets(figures: dict[str, Any], required_gain: float) -> list[Target]
 
 def print_report(console: Console, figures: dict[str, Any], answer: dict[str, str], targets: list[Target]) -> None:
     """Prints the table that a user came for."""
-    table = Table(title="quickstart: the base model learns to reverse words")
-    for heading in ("", "base", "kt_sft", "stock LLaMA-Factory"):
+    table = Table(title="the base model learns to reverse words; experts on kt_sft, and on stock LLaMA-Factory")
+    for heading in ("", "base", "kt_sft", "stock"):
         table.add_column(heading, justify="left" if not heading else "right")
     old = figures["base_skills"]
     table.add_row(
-        "exact match, reverse (held-out words)",
+        "exact match on held-out words, reverse",
         f"{figures['exact_match_base']:.3f}",
         f"{figures['exact_match_tuned']:.3f}",
         f"{figures['exact_match_stock']:.3f}",
     )
-    table.add_row("exact match, base skills", f"{old['base']:.3f}", f"{old['tuned']:.3f}", f"{old['stock']:.3f}")
-    table.add_row("  reverse, after export (merged)", "", f"{figures['exact_match_merged']:.3f}", "")
+    table.add_row(
+        "exact match on them, base skills", f"{old['base']:.3f}", f"{old['tuned']:.3f}", f"{old['stock']:.3f}"
+    )
+    table.add_row("  reverse, exported merged model", "", f"{figures['exact_match_merged']:.3f}", "")
     table.add_row("loss, first step", "", f"{figures['loss_first']:.3f}", "")
     table.add_row("loss, last step", "", f"{figures['loss_last']:.4f}", f"{figures['loss_last_stock']:.4f}")
     table.add_row(
-        "training, tokens/s (median)",
+        "training, median tokens/s",
         "",
         f"{figures['tokens_per_second_kt_sft']:.0f} ({figures['speed_ratio']:.2f} x)",
         f"{figures['tokens_per_second_stock']:.0f}",
     )
     table.add_row(
-        "peak memory of the process, MB",
+        "training, peak memory, MB",
         "",
         f"{figures['peak_rss_mb_kt_sft']:.0f}",
         f"{figures['peak_rss_mb_stock']:.0f}",
