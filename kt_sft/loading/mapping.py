@@ -142,10 +142,10 @@ def _collect(
         for full_name in _targets(target, converter):
             if full_name in feeds:
                 _add(feeds[full_name], converter, pattern, index, entry, full_name)
-            elif _inside(full_name, layouts):
+            elif name := _inside(full_name, layouts):
                 raise CheckpointError(
                     f"{entry.path}: tensor {key} belongs to the routed experts but is no weight that "
-                    f"{layouts[_inside(full_name, layouts)].class_name} has"
+                    f"{layouts[name].class_name} has"
                 )
     return feeds
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 import yaml
 from commands import run_command, train_losses
+from safetensors.torch import load_file, save_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from tests.tiny import make_tokenizer
@@ -118,6 +120,24 @@ def test_recipe_without_the_key_trains_as_without_kt_sft(write_recipe: Callable[
         losses.append(train_losses(tmp_path / "out"))
 
     assert losses[0] == losses[1]
+
+
+def test_a_damaged_checkpoint_stops_the_run_before_it_trains(
+    write_recipe: Callable[..., Path], tiny_moe: Path, tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(tiny_moe, tmp_path / "model"))
+    tensors = load_file(model / "model.safetensors")
+    key = "model.layers.0.mlp.experts.6.down_proj.weight"
+    tensors[key][3, 4] = float("inf")
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+
+    result = run_command(["llamafactory-cli", "train", str(write_recipe(**KT_SFT, model_name_or_path=str(model)))])
+
+    assert result.returncode != 0
+    assert f"{model / 'model.safetensors'}: tensor {key}" in result.stdout
+    assert "row 3, column 4" in result.stdout
+    assert "Running training" not in result.stdout
+    assert not (tmp_path / "out" / "trainer_state.json").exists()
 
 
 def test_a_dense_model_trains_with_the_key_as_without(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
