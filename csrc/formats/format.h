@@ -4,10 +4,12 @@
 //   static constexpr const char* kName;
 //   static constexpr int64_t RowBytes(int64_t columns);
 //   static const uint8_t* Address(const MatrixView&, int64_t row, int64_t column);  // where a weight is stored
+//   template <class Ops> static const typename Ops::Element* Elements(const MatrixView&, int64_t row);
 //   template <class Ops> static void DecodeRow(const MatrixView&, int64_t row, int64_t column, int64_t count,
 //                                              typename Ops::Element* out);
-// DecodeRow turns `count` weights of one row, from `column` on, into the tier's element type. It is instantiated once
-// per tier, with that tier's `Ops`, so it may use the tier's vector operations.
+// Elements is the stored row itself where it needs no decoding on this tier, else null. DecodeRow turns `count` weights
+// of one row, from `column` on, into the tier's element type. It is instantiated once per tier, with that tier's `Ops`,
+// so it may use the tier's vector operations.
 #pragma once
 
 #include <cstdint>

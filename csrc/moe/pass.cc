@@ -44,10 +44,12 @@ void Pass::TakeWorkers(size_t bytes) {
 Pass::Panels Pass::LayOutPanels(const Routing& routing, int64_t depth) const {
   Panels panels;
   panels.depth = Padded(depth);
+  panels.row_stride = RowStride(depth);
   panels.element_bytes = kernels_.element_bytes;
   for (const RowBlock& block : routing.blocks) {
-    panels.first.push_back(panels.columns);
-    panels.columns += RoundUp(block.rows, width());
+    panels.first.push_back(panels.elements);
+    const int64_t needed = Few(block) ? block.rows * panels.row_stride : RoundUp(block.rows, width()) * panels.depth;
+    panels.elements += RoundUp(needed, 64 / panels.element_bytes);
   }
   return panels;
 }
@@ -88,7 +90,13 @@ void Pass::PackHidden(const Chunk& chunk, const Panels& x) {
     const int64_t* const tokens = chunk.routing.token_of.data() + block.first + group.first;
     const void* rows[kWidest];
     for (int i = 0; i < group.rows; ++i) rows[i] = chunk.TokenRow(chunk.call.hidden, tokens[i]);
-    kernels_.pack_panel(rows, chunk.call.type, group.rows, group.width, chunk.shape.hidden, x.At(b, group.first));
+    if (Few(block)) {
+      for (int i = 0; i < group.rows; ++i) {
+        kernels_.pack_row(rows[i], chunk.call.type, chunk.shape.hidden, x.Row(b, group.first + i));
+      }
+      return;
+    }
+    kernels_.pack_panel(rows, chunk.call.type, group.rows, group.width, chunk.shape.hidden, x.Panel(b, group.first));
   });
 }
 

@@ -57,6 +57,7 @@ class Pass {
   // Stages, in the order of a pass. Each hands its tasks to the pool.
   void PackHidden(const Chunk& chunk, const Panels& x);
   void GateUp(const Chunk& chunk, const Panels& x, const Panels* act);
+  void GateUpFew(const Chunk& chunk, const Panels& x, const Panels* act, size_t block, int64_t i, int rows, float* c);
   void Down(const Chunk& chunk, const Panels& act, float* out_rows);
   void CombineRows(const Chunk& chunk, const float* rows, int64_t stride, bool weighted, void* out);
   void PackOutputGrad(const Chunk& chunk, char* grad, int64_t stride);
@@ -73,6 +74,10 @@ class Pass {
   // A forward task decodes this many tiles of weight rows, for all tokens of its block. In rows that is a multiple of
   // every tier's vector length, so that transposed results are stored in whole vectors.
   static constexpr int64_t kTilesPerTask = 4;
+  // Blocks of few rows are multiplied along the depth, straight from the stored rows: the vectors of their panels would
+  // be less than three quarters full.
+  bool Few(const RowBlock& block) const { return 4 * block.rows <= 3 * kernels_.lanes; }
+
   // Products are cut along the depth so that what one panel contributes stays in L1 while it meets all rows of a task.
   static constexpr int64_t kPanelChunkBytes = 16384;
   size_t ForwardWorkerBytes(const LayerShape& shape) const;

@@ -24,17 +24,20 @@ struct Pass::Chunk {
   }
 };
 
-// B panels of routed rows. Each block of rows is cut into groups of the tier's panel width; the group whose first row
-// is r of block b starts at column `first[b] + r` and is as wide as its rows need, in whole vectors.
+// The B operand of routed rows, block after block. Most blocks are cut into groups of the tier's panel width: the panel
+// of the group whose first row is r starts at Panel(block, r) and is as wide as its rows need, in whole vectors. Blocks
+// of few rows hold plain rows instead.
 struct Pass::Panels {
   char* data = nullptr;
-  int64_t depth = 0;  // padded
+  int64_t depth = 0;       // padded
+  int64_t row_stride = 0;  // of plain rows
   int64_t element_bytes = 0;
-  std::vector<int64_t> first;  // per block
-  int64_t columns = 0;         // in all
+  std::vector<int64_t> first;  // element at which each block starts
+  int64_t elements = 0;        // in all
 
-  int64_t bytes() const { return columns * depth * element_bytes; }
-  char* At(size_t block, int64_t row) const { return data + (first[block] + row) * depth * element_bytes; }
+  int64_t bytes() const { return elements * element_bytes; }
+  char* Panel(size_t block, int64_t row) const { return data + (first[block] + row * depth) * element_bytes; }
+  char* Row(size_t block, int64_t row) const { return data + (first[block] + row * row_stride) * element_bytes; }
 };
 
 struct Pass::Group {

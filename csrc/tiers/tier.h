@@ -22,6 +22,9 @@ constexpr int kActivationCount = 5;
 // depth is the tile's row index. An odd last row is paired with zeros. `gate` is null for ungated experts.
 using ActivateFn = void (*)(const float* gate, const float* up, int rows, int width, void* panel);
 
+// The same for one routed row: FP32 gate and up of `count` values to a row of elements.
+using ActivateRowFn = void (*)(const float* gate, const float* up, int64_t count, void* row);
+
 // One activation's backward for one routed row of `count` values: from the retained pre-activations and
 // u = dL/d(act) / routing weight, writes dL/dgate and dL/dup (scaled by `weight`) and returns <u, act>, this row's
 // share of the routing weight's gradient. `gate` and `d_gate` are null for ungated experts.
@@ -46,6 +49,11 @@ struct TierKernels {
   void (*decode_panels[kFormatCount])(const MatrixView& w, int64_t row, int rows, int64_t column, int columns,
                                       void* panels, int64_t panel_stride);
 
+  // c[t][r] = <weight row `row` + r, x row t>: for few tokens, straight from the stored rows. `x` holds `tokens` rows
+  // of elements, `x_stride` elements apart; c is FP32, `c_stride` values from token to token.
+  void (*dot_rows[kFormatCount])(const MatrixView& w, int64_t row, int rows, int64_t columns, const void* x,
+                                 int64_t x_stride, int tokens, float* c, int64_t c_stride);
+
   // Converts a row of `count` values to elements, padded with zeros up to a multiple of `pair`.
   void (*pack_row)(const void* row, DType type, int64_t count, void* a);
 
@@ -58,6 +66,7 @@ struct TierKernels {
                    int64_t c_stride, bool accumulate);
 
   ActivateFn activate[2][kActivationCount];  // [gated][activation]; null where there is no such expert
+  ActivateRowFn activate_row[2][kActivationCount];
   ActivateBackwardFn activate_backward[2][kActivationCount];
 
   // out[column][row] = tile[row][column]: FP32 tile of `rows` x `columns`, to FP32 or BF16.
