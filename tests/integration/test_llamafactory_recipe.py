@@ -1,4 +1,4 @@
-"""What a recipe asks for and cannot have is one clear error, before anything is loaded."""
+"""The recipe key: what it accepts and refuses before anything is loaded, and that every seam knows it."""
 
 from __future__ import annotations
 
@@ -148,6 +148,22 @@ def test_registration_in_v1() -> None:
     arguments.quant_config["threads"] = 2
     with pytest.raises(ConfigError, match="unknown setting 'threads'"):
         plugins.QuantizationPlugin("kt_sft")({}, model_args=arguments)
+
+
+def test_a_model_loads_through_v1(tiny_moe: Path) -> None:
+    pytest.importorskip("llamafactory.v1")
+    script = (
+        "import sys; from llamafactory.v1.config import ModelArguments\n"
+        "from llamafactory.v1.core.model_engine import ModelEngine\n"
+        "from kt_sft import CpuExperts\n"
+        "lora = {'name': 'lora', 'r': 4, 'lora_alpha': 8, 'target_modules': 'all'}\n"
+        "arguments = ModelArguments(model=sys.argv[1], quant_config={'name': 'kt_sft'}, peft_config=lora)\n"
+        "model = ModelEngine(arguments, is_train=True).model\n"
+        "assert sum(isinstance(module, CpuExperts) for module in model.modules()) == 2\n"
+        "assert any(parameter.requires_grad for parameter in model.parameters())\n"
+    )
+    result = run_command(["python", "-c", script, str(tiny_moe)], environment={"USE_V1": "1"})
+    assert result.returncode == 0, result.stdout
 
 
 @pytest.mark.parametrize(
