@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from quickstart_steps.processes import REPOSITORY, StepError, run_step
+from quickstart_steps.processes import IDLE_THREADS_SLEEP, REPOSITORY, StepError, run_step
 from quickstart_steps.training import TrainingRun, train_stock, train_with_engine
 from rich.console import Console
 from rich.table import Table
@@ -45,7 +45,9 @@ def run_seed(out: Path, seed: int, max_steps: int | None, use_cpu: bool) -> dict
         ("stock_fp32", train_stock, fp32),
     ):
         label = f"agreement_{name}_{seed}"
-        runs[name] = train(settings | {"output_dir": str(out / label)}, REPOSITORY / out / "logs" / f"{label}.log")
+        log = REPOSITORY / out / "logs" / f"{label}.log"
+        # Not timed, so the runs may be kind to what else the machine does.
+        runs[name] = train(settings | {"output_dir": str(out / label)}, log, IDLE_THREADS_SLEEP)
     return runs
 
 

@@ -53,18 +53,25 @@ def changed_settings(recipe: dict[str, Any], settings: dict[str, Any]) -> list[s
     return [f"{key}={json.dumps(value) if isinstance(value, bool) else value}" for key, value in changed.items()]
 
 
-def train_with_engine(settings: dict[str, Any], log: Path) -> TrainingRun:
+def train_with_engine(settings: dict[str, Any], log: Path, environment: dict[str, str] | None = None) -> TrainingRun:
     """Trains with the recipe as it is shipped, but for `settings`, which must hold `output_dir`."""
-    return _train(f"training with kt_sft ({log.name})", RECIPE, load_recipe(), settings, log, {})
+    return _train(f"training with kt_sft ({log.name})", RECIPE, load_recipe(), settings, log, environment or {})
 
 
-def train_stock(settings: dict[str, Any], log: Path) -> TrainingRun:
+def train_stock(settings: dict[str, Any], log: Path, environment: dict[str, str] | None = None) -> TrainingRun:
     """Trains with the recipe less its kt_sft key, kt_sft itself not loaded."""
     recipe = without_plugin(load_recipe())
     path = log.with_suffix(".yaml")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump(recipe, sort_keys=False))
-    return _train(f"training with stock LLaMA-Factory ({log.name})", path, recipe, settings, log, WITHOUT_PLUGIN)
+    return _train(
+        f"training with stock LLaMA-Factory ({log.name})",
+        path,
+        recipe,
+        settings,
+        log,
+        {**(environment or {}), **WITHOUT_PLUGIN},
+    )
 
 
 def _train(
