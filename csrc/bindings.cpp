@@ -205,11 +205,11 @@ void BindEngine(py::module_& m) {
              facts["kept_bytes"] = stats.kept_bytes;
              return facts;
            })
-      .def("measure_peak", [](Engine& engine) {
+      .def("peak", [](Engine& engine) {
         MachinePeak peak;
         {
           const py::gil_scoped_release release;
-          peak = engine.MeasurePeak();
+          peak = engine.Peak();
         }
         return py::make_tuple(peak.product_flops, peak.read_bandwidth);
       });

@@ -110,31 +110,33 @@ EngineStats Engine::stats() const {
   return stats;
 }
 
+MachinePeak Engine::Peak() {
+  std::call_once(peak_measured_, [this] { Submit([this] { peak_ = MeasurePeak(); })->Wait(); });
+  return peak_;
+}
+
 MachinePeak Engine::MeasurePeak() {
   MachinePeak peak;
-  const auto measure = [this, &peak] {
-    constexpr int kTrials = 5;
-    constexpr int64_t kSteps = 200000, kPieces = 64;
-    for (int trial = 0; trial < kTrials; ++trial) {
-      const Clock::time_point start = Clock::now();
-      const double flops = kernels_.register_products(kSteps);
-      peak.product_flops = std::max(peak.product_flops, flops / SecondsSince(start));
-    }
-    // Several times the last-level caches that one process may count on.
-    const Block block(size_t{256} << 20);
-    const int64_t piece = static_cast<int64_t>(block.size()) / kPieces;
-    pool_.Run(kPieces, [&](int64_t p, int) { std::fill_n(block.data() + p * piece, piece, uint8_t{1}); });
-    std::vector<float> sums(static_cast<size_t>(kPieces));
-    for (int trial = 0; trial < kTrials; ++trial) {
-      const Clock::time_point start = Clock::now();
-      pool_.Run(kPieces, [&](int64_t p, int) {
-        sums[static_cast<size_t>(p)] =
-            kernels_.read_sum(reinterpret_cast<const float*>(block.data() + p * piece), piece / 4);
-      });
-      peak.read_bandwidth = std::max(peak.read_bandwidth, static_cast<double>(block.size()) / SecondsSince(start));
-    }
-  };
-  Submit(measure)->Wait();
+  constexpr int kTrials = 5;
+  constexpr int64_t kSteps = 200000, kPieces = 64;
+  for (int trial = 0; trial < kTrials; ++trial) {
+    const Clock::time_point start = Clock::now();
+    const double flops = kernels_.register_products(kSteps);
+    peak.product_flops = std::max(peak.product_flops, flops / SecondsSince(start));
+  }
+  // Several times the last-level caches that one process may count on.
+  const Block block(size_t{256} << 20);
+  const int64_t piece = static_cast<int64_t>(block.size()) / kPieces;
+  pool_.Run(kPieces, [&](int64_t p, int) { std::fill_n(block.data() + p * piece, piece, uint8_t{1}); });
+  std::vector<float> sums(static_cast<size_t>(kPieces));
+  for (int trial = 0; trial < kTrials; ++trial) {
+    const Clock::time_point start = Clock::now();
+    pool_.Run(kPieces, [&](int64_t p, int) {
+      sums[static_cast<size_t>(p)] =
+          kernels_.read_sum(reinterpret_cast<const float*>(block.data() + p * piece), piece / 4);
+    });
+    peak.read_bandwidth = std::max(peak.read_bandwidth, static_cast<double>(block.size()) / SecondsSince(start));
+  }
   return peak;
 }
 

@@ -64,8 +64,8 @@ class Engine {
   std::shared_ptr<Ticket> Submit(std::function<void()> work);
 
   EngineStats stats() const;
-  // Measured now, in turn with other work; takes some tens of milliseconds.
-  MachinePeak MeasurePeak();
+  // Measured on first use, in turn with other work; takes some tens of milliseconds.
+  MachinePeak Peak();
 
  private:
   struct Job {
@@ -74,10 +74,13 @@ class Engine {
   };
 
   void Loop();
+  MachinePeak MeasurePeak();
 
   const TierKernels& kernels_;
   ThreadPool pool_;
   Pass pass_;
+  std::once_flag peak_measured_;
+  MachinePeak peak_;
   std::shared_ptr<BlockPool> blocks_;
 
   mutable std::mutex mutex_;

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from transformers.utils import logging
 
 from kt_sft.config import local_rank_and_size
+from kt_sft.engine.cpus import usable_cpus
 from kt_sft.engine.store import LayerStore
 from kt_sft.loading.errors import CheckpointError
 from kt_sft.loading.mapping import MatrixRead, ModulePlan, read_bias
@@ -29,7 +29,7 @@ def stream(work: Sequence[tuple[ModulePlan, LayerStore]]) -> None:
         return
     jobs.sort(key=lambda job: (job[0].view.entry.path, job[0].view.offset))  # disks like to be read in order
     total = sum(_nbytes(read) for read, _, _ in jobs)
-    readers = max(1, min(_MAX_READERS, 2 * (os.cpu_count() or 1), len(jobs)))
+    readers = max(1, min(_MAX_READERS, 2 * len(usable_cpus()), len(jobs)))
     hidden = local_rank_and_size()[0] != 0
     with (
         logging.tqdm(total=total, unit="B", unit_scale=True, desc="Loading experts", disable=hidden) as progress,

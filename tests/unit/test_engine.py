@@ -10,7 +10,7 @@ import torch
 
 import kt_sft
 from kt_sft.config import TIERS, ConfigError
-from kt_sft.engine import cpus, info
+from kt_sft.engine import cpus
 from kt_sft.engine.engine import available_tiers, get_engine
 
 
@@ -112,20 +112,6 @@ def test_cgroup_cpu_limit(tmp_path, files, limit):
         path.parent.mkdir(exist_ok=True)
         path.write_text(content)
     assert cpus.cgroup_cpu_limit(tmp_path) == limit
-
-
-def test_available_memory_is_the_lesser_of_machine_and_container(tmp_path):
-    meminfo = tmp_path / "meminfo"
-    meminfo.write_text("MemTotal: 4000 kB\nMemAvailable: 3000 kB\n")
-    group = tmp_path / "cgroup"
-    assert info.available_memory(meminfo, group) == 3000 * 1024
-    group.mkdir()
-    (group / "memory.max").write_text("1000000")
-    (group / "memory.current").write_text("900000")
-    (group / "memory.stat").write_text("anon 500000\ninactive_file 300000\n")
-    assert info.available_memory(meminfo, group) == 400000
-    (group / "memory.max").write_text("max")
-    assert info.available_memory(meminfo, group) == 3000 * 1024
 
 
 def test_numa_nodes_are_counted(tmp_path):

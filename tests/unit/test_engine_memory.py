@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from kt_sft.loading import memory
+from kt_sft.engine import memory
+from kt_sft.loading import memory as loading_memory
 from kt_sft.loading.errors import NotEnoughMemoryError
 
 GIB = 1 << 30
@@ -54,7 +55,7 @@ def test_no_limits(tmp_path: Path) -> None:
 
 
 def test_need_and_have_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "available_bytes", lambda: 2 * GIB)
-    memory.require_bytes(2 * GIB, "the experts")
+    monkeypatch.setattr(loading_memory, "available_bytes", lambda: 2 * GIB)
+    loading_memory.require_bytes(2 * GIB, "the experts")
     with pytest.raises(NotEnoughMemoryError, match=r"for the experts: 2\.5 GiB needed, 2\.0 GiB available"):
-        memory.require_bytes(5 * GIB // 2, "the experts")
+        loading_memory.require_bytes(5 * GIB // 2, "the experts")
