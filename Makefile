@@ -1,7 +1,7 @@
 # Everything a person or a machine runs on this repository. `make help` lists the targets.
 #
-# A clean machine needs python3 (3.11 or newer, with the venv module), make and a C++17 compiler (gcc >= 11 or
-# clang >= 14). Everything else, cmake and ninja included, comes from pip into $(VENV).
+# A clean machine needs python3 (3.11 or newer, with the venv module and headers), make and a C++17 compiler
+# (gcc >= 11 or clang >= 14). Everything else, cmake and ninja included, comes from pip into $(VENV).
 
 PYTHON      ?= python3
 VENV        ?= .venv
@@ -42,6 +42,8 @@ help:  ## List the targets
 # --- install ---------------------------------------------------------------------------------------------------------
 
 $(BIN)/python:
+	@$(PYTHON) -c 'import ensurepip, os, sysconfig, venv; os.stat(sysconfig.get_path("include") + "/Python.h")' || \
+	  { echo "$(PYTHON) lacks venv or its headers; on Debian and Ubuntu: apt-get install python3-venv python3-dev"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
 # The build tools come first: --no-build-isolation lets a rebuild after a change in csrc/ reuse build/ and take seconds.
