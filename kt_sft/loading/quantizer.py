@@ -148,7 +148,7 @@ class KTQuantizer(HfQuantizer):
     def _key(self, plan: ModulePlan) -> tuple[Any, ...]:
         config = self._config
         options = (config.stored_format, config.group_size, config.zero_point)
-        return (self._identity, plan.name, options)
+        return (self._identity, plan.name, plan.layout, options)
 
     def _store(self, plan: ModulePlan) -> LayerStore:
         layout, config = plan.layout, self._config

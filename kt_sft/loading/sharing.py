@@ -1,4 +1,4 @@
-"""One store per (checkpoint, module, options) in a process.
+"""One store per (checkpoint, module, what it computes, options) in a process.
 
 A DPO run with an explicit reference model loads the same frozen experts twice; both models get the same store. The
 cache holds weak references, so a store lives exactly as long as a model that uses it.
