@@ -35,12 +35,13 @@ def stream(work: Sequence[tuple[ModulePlan, LayerStore]]) -> None:
         logging.tqdm(total=total, unit="B", unit_scale=True, desc="Loading experts", disable=hidden) as progress,
         ThreadPoolExecutor(max_workers=readers, thread_name_prefix="kt_sft-reader") as pool,
     ):
-        futures = [pool.submit(_read, read, store, plan, progress) for read, store, plan in jobs]
-        done, pending = wait(futures, return_when=FIRST_EXCEPTION)
-        for future in pending:
-            future.cancel()
-        for future in done:
-            future.result()
+        try:
+            futures = [pool.submit(_read, read, store, plan, progress) for read, store, plan in jobs]
+            for future in wait(futures, return_when=FIRST_EXCEPTION).done:
+                future.result()
+        except BaseException:  # also Ctrl-C: without this the pool would first read all that is queued
+            pool.shutdown(cancel_futures=True)
+            raise
     for plan, store in work:
         _finish(plan, store)
 

@@ -7,8 +7,10 @@ import filecmp
 import gc
 import json
 import shutil
+import threading
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -307,6 +309,39 @@ class TestDamage:
             )
 
 
+class TestInterruption:
+    """Ctrl-C while experts are read."""
+
+    def test_what_is_queued_is_not_read(self, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        readers, total = 2, 2 * 8 * 3  # layers, experts, matrices
+        began: list[object] = []
+        stopping = threading.Event()
+
+        class Pool(ThreadPoolExecutor):
+            """Lets the reads in flight go on only once the pool was told to stop."""
+
+            def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+                super().shutdown(wait=False, cancel_futures=cancel_futures)
+                stopping.set()
+                super().shutdown(wait=True)
+
+        def blocked_read(*_: object) -> None:
+            began.append(None)
+            stopping.wait()
+
+        def interrupt(futures: list[object], **_: object) -> None:
+            assert len(futures) == total
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(streaming, "_MAX_READERS", readers)
+        monkeypatch.setattr(streaming, "ThreadPoolExecutor", Pool)
+        monkeypatch.setattr(streaming, "_read", blocked_read)
+        monkeypatch.setattr(streaming, "wait", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            load(checkpoint)
+        assert len(began) <= readers
+
+
 class TestSharing:
     """One store per checkpoint and options in a process."""
 
@@ -323,6 +358,11 @@ class TestSharing:
         edit(_set("up", torch.full((24, 32), 0.5).bfloat16()))
         second = load(checkpoint)
         assert not same_experts(first, second)
+
+    def test_another_activation_does_not(self, tiny_moe: Path) -> None:
+        first, second = load(tiny_moe), load(tiny_moe, hidden_act="gelu")
+        assert {store.activation for store in stores(first)} == {"silu"}
+        assert {store.activation for store in stores(second)} == {"gelu"}
 
     def test_half_filled_stores_are_not_shared(
         self, checkpoint: Path, edit: Callable[..., None], tiny_moe: Path
