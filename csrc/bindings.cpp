@@ -4,6 +4,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <unistd.h>
+
 #include <memory>
 #include <optional>
 
@@ -42,7 +44,17 @@ class HeldTicket {
  private:
   std::shared_ptr<Ticket> ticket_;
   py::object held_;
+  pid_t creator_ = getpid();
 };
+
+// Leaves an engine alone in a forked child, where its threads do not exist and its locks may never be released.
+struct EngineDeleter {
+  pid_t creator = getpid();
+  void operator()(Engine* engine) const {
+    if (getpid() == creator) delete engine;
+  }
+};
+using EngineHolder = std::unique_ptr<Engine, EngineDeleter>;
 
 DType DTypeFromName(const std::string& name) {
   if (name == "float32") return DType::kF32;
@@ -158,9 +170,9 @@ void BindLayer(py::module_& m) {
 void BindEngine(py::module_& m) {
   py::class_<HeldTicket>(m, "Ticket").def("wait", &HeldTicket::Wait).def_property_readonly("done", &HeldTicket::done);
 
-  py::class_<Engine>(m, "Engine")
+  py::class_<Engine, EngineHolder>(m, "Engine")
       .def(py::init([](int threads, const std::vector<int>& cpus, const std::optional<std::string>& limit) {
-             return std::make_unique<Engine>(threads, cpus, LimitFrom(limit));
+             return EngineHolder(new Engine(threads, cpus, LimitFrom(limit)));
            }),
            py::arg("threads"), py::arg("cpus"), py::arg("limit"))
       .def_property_readonly("threads", &Engine::threads)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,6 +22,9 @@ TIERS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 EXPERT_FORMATS = ("auto", "bf16", "int8", "int4", "nf4", "fp8", "mxfp4")
 #: What this version's engine decodes; the rest of EXPERT_FORMATS is refused with a sentence that says so.
 AVAILABLE_FORMATS = ("bf16",)
+
+#: Threads of one engine.
+MOST_THREADS = 1024
 
 COMPUTE_TYPES = ("bf16", "int8")
 ACTIVATION_POLICIES = ("retain", "recompute")
@@ -66,7 +70,7 @@ class KTConfig(QuantizationConfigMixin):
         self._check_flag("zero_point")
         self._check_flag("lora_experts")
         self._check_count("group_size", least=0)
-        self._check_count("num_threads", least=1)
+        self._check_count("num_threads", least=1, most=MOST_THREADS)
         if self.quant_method != QUANT_METHOD:
             raise ConfigError(f"kt_sft: quant_method is always {QUANT_METHOD!r}, got {self.quant_method!r}")
         self._check_available()
@@ -83,6 +87,7 @@ class KTConfig(QuantizationConfigMixin):
                 f"kt_sft: must be a block of settings (`kt_sft: {{}}` for the defaults), got {config_dict!r}"
             )
         known = [field.name for field in dataclasses.fields(cls)]
+        config_dict = dict(config_dict) | {key: kwargs.pop(key) for key in known if key in kwargs}
         for key in config_dict:
             if key not in known:
                 settings = ", ".join(name for name in known if name != "quant_method")
@@ -109,12 +114,14 @@ class KTConfig(QuantizationConfigMixin):
         if not isinstance(value, bool):
             raise ConfigError(f"kt_sft: {name} must be true or false, got {value!r}")
 
-    def _check_count(self, name: str, least: int) -> None:
+    def _check_count(self, name: str, least: int, most: int = sys.maxsize) -> None:
         value = getattr(self, name)
         if value is None:
             return
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ConfigError(f"kt_sft: {name} must be a whole number of at least {least}, got {value!r}")
+        if value > most:
+            raise ConfigError(f"kt_sft: {name} must be at most {most}, got {value}")
 
     def _check_available(self) -> None:
         if self.stored_format not in AVAILABLE_FORMATS:
@@ -151,5 +158,19 @@ def requested_tier() -> str | None:
 
 
 def local_rank_and_size() -> tuple[int, int]:
-    """This process's place among the ones a launcher started on this machine: (rank, number)."""
-    return int(os.environ.get("LOCAL_RANK", "0")), max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    """This process's place among the ones a launcher started on this machine: (rank, number).
+
+    (0, 1) where the launcher does not say both `LOCAL_RANK` and `LOCAL_WORLD_SIZE`.
+
+    Raises:
+        ConfigError: One of them is no number, or the rank lies outside the size.
+    """
+    rank, size = os.environ.get("LOCAL_RANK"), os.environ.get("LOCAL_WORLD_SIZE")
+    if not rank or not size:
+        return 0, 1
+    if not (rank.isdecimal() and size.isdecimal() and int(rank) < int(size)):
+        raise ConfigError(
+            f"LOCAL_RANK={rank!r} and LOCAL_WORLD_SIZE={size!r} do not fit each other; a launcher sets both, "
+            "the rank counted from 0"
+        )
+    return int(rank), int(size)

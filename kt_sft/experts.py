@@ -6,6 +6,8 @@ Shape letters: T tokens, K experts per token, E experts, H hidden size, I expert
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -29,19 +31,26 @@ class _Tensors:
 
 
 @dataclasses.dataclass
+class _Backward:
+    """One backward of a call that the engine is working on, and the gradients it writes."""
+
+    ticket: Any
+    x_grad: Tensor | None
+    w_grad: Tensor | None
+
+
+@dataclasses.dataclass
 class _Link:
-    """What the two nodes of one call share: the engine's ticket, and the gradients it writes in backward."""
+    """What the two nodes of one call share.
+
+    A graph may be walked more than once, even by several threads at a time, so each backward has a number. It travels
+    from `_Await`'s backward to `_Submit`'s as the gradient of the scalar that ties the two nodes together.
+    """
 
     experts: CpuExperts
-    device: torch.device
-    ticket: Any = None
-    x_grad: Tensor | None = None
-    w_grad: Tensor | None = None
-
-    def wait(self) -> None:
-        """Returns when the engine is done; raises what it raised."""
-        ticket, self.ticket = self.ticket, None
-        ticket.wait()
+    ticket: Any = None  # of the forward
+    backwards: dict[int, _Backward] = dataclasses.field(default_factory=dict)
+    numbers: Iterator[int] = dataclasses.field(default_factory=itertools.count)
 
 
 class _Submit(torch.autograd.Function):
@@ -54,7 +63,8 @@ class _Submit(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_states: Tensor, top_k_weights: Tensor, tensors: _Tensors, link: _Link) -> Tensor:
         ctx.link = link
-        ctx.weights_dtype = top_k_weights.dtype
+        ctx.device = hidden_states.device
+        ctx.weights_device, ctx.weights_dtype = top_k_weights.device, top_k_weights.dtype
         tokens, slots = tensors.idx_TK.shape
         link.ticket = link.experts.engine.submit_forward(
             layer=link.experts.store.native,
@@ -66,22 +76,21 @@ class _Submit(torch.autograd.Function):
             weights=tensors.w_TK.data_ptr(),
             retained=_address(tensors.pre_SI),
             output=tensors.y_TH.data_ptr(),
-            held=tensors,
+            held=(tensors, link.experts.store.native),
         )
-        # Ties the two nodes together; nothing reads its value.
-        return hidden_states.new_zeros(())
+        # Ties the two nodes together. Its gradient is a number, exact in float64 (see _Link).
+        return torch.zeros((), dtype=torch.float64)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        link = ctx.link
-        link.wait()
-        x_grad, link.x_grad = link.x_grad, None
-        w_grad, link.w_grad = link.w_grad, None
+    def backward(ctx: Any, number: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        pending = ctx.link.backwards.pop(int(number))
+        pending.ticket.wait()
+        x_grad, w_grad = pending.x_grad, pending.w_grad
         if x_grad is not None:
-            x_grad = x_grad.to(link.device)
+            x_grad = x_grad.to(ctx.device)
         if w_grad is not None:
-            w_grad = w_grad.to(link.device, ctx.weights_dtype)
+            w_grad = w_grad.to(ctx.weights_device, ctx.weights_dtype)
         return x_grad, w_grad, None, None
 
 
@@ -89,27 +98,37 @@ class _Await(torch.autograd.Function):
     """Turns a submitted call into its output; its backward hands the output's gradient to the engine."""
 
     @staticmethod
-    def forward(ctx: Any, _: Tensor, tensors: _Tensors, link: _Link, x_wanted: bool, w_wanted: bool) -> Tensor:
-        link.wait()
+    def forward(
+        ctx: Any,
+        _: Tensor,
+        tensors: _Tensors,
+        link: _Link,
+        device: torch.device,
+        x_wanted: bool,
+        w_wanted: bool,
+    ) -> Tensor:
+        ticket, link.ticket = link.ticket, None
+        ticket.wait()
         ctx.link = link
+        ctx.device = device
         ctx.wanted = (x_wanted, w_wanted)
         # With retained pre-activations backward needs no hidden states. Shapes do not depend on the routing, as
         # non-reentrant checkpointing demands.
         x_TH = tensors.x_TH if tensors.pre_SI is None else None
         ctx.save_for_backward(x_TH, tensors.idx_TK, tensors.w_TK, tensors.pre_SI)
-        return tensors.y_TH.to(link.device)
+        return tensors.y_TH.to(device)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, y_grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, y_grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         link = ctx.link
         x_TH, idx_TK, w_TK, pre_SI = ctx.saved_tensors
         x_wanted, w_wanted = ctx.wanted
         dy_TH = y_grad.detach().to("cpu").contiguous()
-        link.x_grad = torch.empty_like(dy_TH) if x_wanted else None
-        link.w_grad = torch.empty_like(w_TK) if w_wanted else None
+        dx_TH = torch.empty_like(dy_TH) if x_wanted else None
+        dw_TK = torch.empty_like(w_TK) if w_wanted else None
         tokens, slots = idx_TK.shape
-        link.ticket = link.experts.engine.submit_backward(
+        ticket = link.experts.engine.submit_backward(
             layer=link.experts.store.native,
             tokens=tokens,
             slots=slots,
@@ -119,11 +138,13 @@ class _Await(torch.autograd.Function):
             weights=w_TK.data_ptr(),
             retained=_address(pre_SI),
             output_grad=dy_TH.data_ptr(),
-            hidden_grad=_address(link.x_grad),
-            weights_grad=_address(link.w_grad),
-            held=(x_TH, idx_TK, w_TK, pre_SI, dy_TH, link.x_grad, link.w_grad),
+            hidden_grad=_address(dx_TH),
+            weights_grad=_address(dw_TK),
+            held=(x_TH, idx_TK, w_TK, pre_SI, dy_TH, dx_TH, dw_TK, link.experts.store.native),
         )
-        return y_grad.new_zeros(()), None, None, None, None
+        number = next(link.numbers)
+        link.backwards[number] = _Backward(ticket, dx_TH, dw_TK)
+        return torch.tensor(number, dtype=torch.float64), None, None, None, None, None
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -165,8 +186,8 @@ class CpuExperts(nn.Module):
             gate_up_proj: [E, 2I, H], gate rows first; [E, I, H] for ungated experts. FP32, FP16 or BF16, any device.
             down_proj: [E, H, I].
             config: Settings; None for the defaults.
-            activation: "silu", "gelu", "gelu_pytorch_tanh", "relu2" or "swiglu_oai" (gpt-oss: clamp 7, alpha 1.702, up
-                + 1).
+            activation: "silu", "gelu", "gelu_pytorch_tanh", "relu2" or "swiglu_oai" (gpt-oss:
+                clamp 7, alpha 1.702, up + 1).
             gate_up_bias: [E, 2I] ([E, I] ungated).
             down_bias: [E, H].
 
@@ -231,9 +252,9 @@ class CpuExperts(nn.Module):
         x_wanted = grad_wanted and hidden_states.requires_grad
         w_wanted = grad_wanted and top_k_weights.requires_grad
         tensors = self._tensors(hidden_states, top_k_index, top_k_weights, backward_wanted=x_wanted or w_wanted)
-        link = _Link(self, hidden_states.device)
+        link = _Link(self)
         submitted = _Submit.apply(hidden_states, top_k_weights, tensors, link)
-        return _Await.apply(submitted, tensors, link, x_wanted, w_wanted)
+        return _Await.apply(submitted, tensors, link, hidden_states.device, x_wanted, w_wanted)
 
     def _tensors(
         self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, backward_wanted: bool

@@ -37,6 +37,7 @@ class ThreadPool {
   using Invoke = void (*)(const void* function, int64_t task, int worker);
 
   void RunErased(int64_t tasks, Invoke invoke, const void* function);
+  void Stop();
   void WorkerLoop(int worker);
   void Pin(int worker) const;
   void DrainTasks(int worker);

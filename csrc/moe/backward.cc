@@ -146,20 +146,22 @@ void Pass::CombineWeightsGrad(const Chunk& chunk, const float* inner) {
   const int64_t terms = CeilDiv(chunk.shape.intermediate, kPanelColumns);
   float* const out = chunk.call.weights_grad + chunk.first_token * routing.slots;
   std::fill_n(out, routing.tokens * routing.slots, 0.0f);
-  for (const RowBlock& block : routing.blocks) {
+  pool_.Run(static_cast<int64_t>(routing.blocks.size()), [&](int64_t task, int) {
+    const RowBlock& block = routing.blocks[static_cast<size_t>(task)];
     const float* const bias = chunk.call.layer->down_bias(block.expert);
     for (int64_t row = block.first; row < block.first + block.rows; ++row) {
       float sum = 0.0f;
       for (int64_t j = 0; j < terms; ++j) sum += inner[row * terms + j];
       const int64_t token = routing.token_of[static_cast<size_t>(row)];
-      if (bias != nullptr)
+      if (bias != nullptr) {
         sum += kernels_.dot(chunk.TokenRow(chunk.call.output_grad, token), chunk.call.type, bias, chunk.shape.hidden);
+      }
       for (int64_t j = 0; j < routing.slots; ++j) {
         if (routing.place_of[static_cast<size_t>(token * routing.slots + j)] == row)
           out[token * routing.slots + j] = sum;
       }
     }
-  }
+  });
 }
 
 }  // namespace kt

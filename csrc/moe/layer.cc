@@ -7,6 +7,7 @@
 #include <cerrno>
 #include <cmath>
 #include <cstring>
+#include <new>
 #include <stdexcept>
 
 #include "formats/bf16.h"
@@ -78,6 +79,8 @@ ExpertLayer::ExpertLayer(const LayerShape& shape) : shape_(shape) {
   if (!shape.gated && shape.activation == Activation::kSwigluOai)
     throw std::invalid_argument("activation swiglu_oai needs a gate");
   const int matrices = shape.gated ? 3 : 2;
+  // Below 2^62 bytes, so that no product of sizes overflows.
+  if (shape.experts > (int64_t{1} << 59) / (shape.hidden * shape.intermediate)) throw std::bad_alloc();
   block_ = Block(static_cast<size_t>(matrices * shape.experts * shape.hidden * shape.intermediate) * 2);
   written_ = std::make_unique<std::atomic<uint8_t>[]>(static_cast<size_t>(kMatrixCount * shape.experts));
 }

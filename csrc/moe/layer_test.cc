@@ -3,6 +3,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <limits>
+#include <new>
 #include <stdexcept>
 
 #include "testing.h"
@@ -137,6 +138,8 @@ TEST(WhatDoesNotExistIsRefused) {
   CHECK_THROWS(ungated.Write(Matrix::kUp, -1, source), std::out_of_range);
   CHECK_THROWS(ExpertLayer({0, 1, 1, Activation::kSilu, true, Format::kBf16}), std::invalid_argument);
   CHECK_THROWS(ExpertLayer({1, 1, 1, Activation::kSwigluOai, false, Format::kBf16}), std::invalid_argument);
+  constexpr int64_t kHuge = int64_t{1} << 24;
+  CHECK_THROWS(ExpertLayer({kHuge, kHuge, kHuge, Activation::kSilu, true, Format::kBf16}), std::bad_alloc);
   CHECK_THROWS(ungated.SetBiases({1.0F}, {}), std::invalid_argument);
 }
 

@@ -103,9 +103,12 @@ void Pass::PackHidden(const Chunk& chunk, const Panels& x) {
 void Pass::CombineRows(const Chunk& chunk, const float* rows, int64_t stride, bool weighted, void* out) {
   const Routing& routing = chunk.routing;
   const size_t slots = static_cast<size_t>(routing.slots);
-  pool_.Run(CeilDiv(routing.tokens, kTokensPerTask), [&](int64_t task, int) {
-    std::vector<const float*> terms(slots);
-    std::vector<float> weights(slots, 1.0f);
+  // Allocated here: a task must not throw.
+  std::vector<const float*> all_terms(static_cast<size_t>(pool_.threads()) * slots);
+  std::vector<float> all_weights(all_terms.size(), 1.0f);
+  pool_.Run(CeilDiv(routing.tokens, kTokensPerTask), [&](int64_t task, int worker) {
+    const float** const terms = all_terms.data() + static_cast<size_t>(worker) * slots;
+    float* const weights = all_weights.data() + static_cast<size_t>(worker) * slots;
     const int64_t end = Smaller(routing.tokens, (task + 1) * kTokensPerTask);
     for (int64_t token = task * kTokensPerTask; token < end; ++token) {
       for (size_t j = 0; j < slots; ++j) {
@@ -113,8 +116,8 @@ void Pass::CombineRows(const Chunk& chunk, const float* rows, int64_t stride, bo
         terms[j] = row < 0 ? nullptr : rows + row * stride;
         if (weighted && row >= 0) weights[j] = routing.weight_of[static_cast<size_t>(row)];
       }
-      kernels_.combine(terms.data(), weights.data(), static_cast<int>(slots), chunk.shape.hidden,
-                       chunk.TokenRow(out, token), chunk.call.type);
+      kernels_.combine(terms, weights, static_cast<int>(slots), chunk.shape.hidden, chunk.TokenRow(out, token),
+                       chunk.call.type);
     }
   });
 }

@@ -1,6 +1,7 @@
 #include "moe/routing.h"
 
 #include <algorithm>
+#include <stdexcept>
 
 namespace kt {
 
@@ -10,7 +11,10 @@ Routing SortByExpert(const int64_t* experts, const float* weights, int64_t token
   routing.tokens = tokens;
   routing.slots = slots;
   std::vector<int64_t> first(static_cast<size_t>(expert_count) + 2, 0);
-  for (int64_t i = 0; i < tokens * slots; ++i) ++first[static_cast<size_t>(experts[i]) + 1];
+  for (int64_t i = 0; i < tokens * slots; ++i) {
+    if (experts[i] < 0 || experts[i] > expert_count) throw std::out_of_range("an expert index is out of range");
+    ++first[static_cast<size_t>(experts[i]) + 1];
+  }
   for (size_t e = 1; e < first.size(); ++e) first[e] += first[e - 1];
   const int64_t rows = first[static_cast<size_t>(expert_count)];  // the sentinel's come after these
 
@@ -19,7 +23,7 @@ Routing SortByExpert(const int64_t* experts, const float* weights, int64_t token
   routing.place_of.assign(static_cast<size_t>(tokens * slots), -1);
   std::vector<int64_t> next(first);
   for (int64_t i = 0; i < tokens * slots; ++i) {
-    if (experts[i] == expert_count) continue;
+    if (experts[i] >= expert_count) continue;
     const int64_t row = next[static_cast<size_t>(experts[i])]++;
     routing.place_of[static_cast<size_t>(i)] = row;
     routing.token_of[static_cast<size_t>(row)] = i / slots;

@@ -1,5 +1,7 @@
 #include "moe/routing.h"
 
+#include <stdexcept>
+
 #include "testing.h"
 
 namespace kt {
@@ -36,6 +38,13 @@ TEST(NothingRoutedGivesNoBlocks) {
   const std::vector<float> weights = {1.0F, 1.0F};
   CHECK(SortByExpert(sentinel.data(), weights.data(), 1, 2, 4).blocks.empty());
   CHECK(SortByExpert(nullptr, nullptr, 0, 2, 4).blocks.empty());
+}
+
+TEST(IndicesOutOfRangeAreRefused) {
+  const float weight = 1.0F;
+  for (const int64_t bad : {int64_t{-1}, int64_t{5}}) {
+    CHECK_THROWS(SortByExpert(&bad, &weight, 1, 1, 4), std::out_of_range);
+  }
 }
 
 }  // namespace

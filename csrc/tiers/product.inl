@@ -165,6 +165,7 @@ struct Product {
 
   static constexpr int kDotRows = 4, kDotTokens = 4, kDotPiece = 1024;
   static constexpr int kMostDotTokens = 16;
+  static_assert(3 * kLanes <= 4 * kMostDotTokens, "a block of few rows (Pass::Few) must fit");
 
   static void DotPiece(const Element* const* w, int rows, const Element* x, int64_t x_stride, int tokens, int64_t depth,
                        float* c, int64_t c_stride, bool accumulate) {

@@ -8,13 +8,15 @@ import os
 import threading
 from typing import Any
 
-from kt_sft.config import TIERS, ConfigError, requested_tier
+from kt_sft.config import MOST_THREADS, TIERS, ConfigError, requested_tier
 from kt_sft.engine import _native  # type: ignore[attr-defined]
 from kt_sft.engine.cpus import engine_cpus
 
 logger = logging.getLogger(__name__)
 
-_engines: dict[tuple[Any, ...], Any] = {}
+# This process's engines, by what was asked for and by what that came to: different requests may share one.
+_requests: dict[tuple[int | None, str | None], Any] = {}
+_engines: dict[tuple[int, str | None], Any] = {}
 _lock = threading.Lock()
 
 
@@ -22,24 +24,36 @@ def get_engine(num_threads: int | None = None) -> Any:
     """The running engine for that many threads, started on first use.
 
     There is one for each number of threads and tier asked for, usually one in all. A forked child, which has none of
-    its parent's threads, starts its own.
+    its
+    parent's threads, starts its own.
 
     Args:
-        num_threads: None for this process's share of the machine's CPUs.
+        num_threads: None for this process's share of the machine's CPUs, as it is on first use.
 
     Raises:
-        ConfigError: `KT_SFT_ISA` names no tier, or more threads were asked for than make sense.
+        ConfigError: `KT_SFT_ISA` names no tier, or the system does not grant that many threads.
     """
     limit = requested_tier()
-    threads, cpus = engine_cpus(num_threads)
-    if threads > 1024:
-        raise ConfigError(f"kt_sft: num_threads is {threads}; at most 1024 are possible")
-    key = (os.getpid(), threads, limit)
     with _lock:
-        if key not in _engines:
-            _warn_if_lowered(limit)
-            _engines[key] = _native.Engine(threads, cpus, limit)
-        return _engines[key]
+        engine = _requests.get((num_threads, limit))
+        if engine is None:
+            engine = _requests[num_threads, limit] = _start(num_threads, limit)
+        return engine
+
+
+def _start(num_threads: int | None, limit: str | None) -> Any:
+    threads, cpus = engine_cpus(num_threads)
+    if threads > MOST_THREADS:
+        raise ConfigError(f"kt_sft: num_threads is {threads}; at most {MOST_THREADS} are possible")
+    if (threads, limit) not in _engines:
+        _warn_if_lowered(limit)
+        try:
+            _engines[threads, limit] = _native.Engine(threads, cpus, limit)
+        except RuntimeError as error:
+            raise ConfigError(
+                f"kt_sft: cannot start {threads} engine threads ({error}); set num_threads lower"
+            ) from error
+    return _engines[threads, limit]
 
 
 def available_tiers() -> list[str]:
@@ -55,8 +69,20 @@ def _warn_if_lowered(limit: str | None) -> None:
 
 @atexit.register
 def _stop() -> None:
-    # Joined before the interpreter is torn down; an inherited engine of a parent process has no threads to join and
-    # is left alone.
+    # Joins the threads before the interpreter is torn down.
     with _lock:
-        for key in [key for key in _engines if key[0] == os.getpid()]:
-            del _engines[key]
+        _requests.clear()
+        _engines.clear()
+
+
+def _forget() -> None:
+    # In a forked child: the parent's threads are not here, and the lock may have been held by one of them. The native
+    # side
+    # never destroys an engine in a process that did not start it.
+    global _lock
+    _lock = threading.Lock()
+    _requests.clear()
+    _engines.clear()
+
+
+os.register_at_fork(after_in_child=_forget)

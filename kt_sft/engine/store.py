@@ -100,12 +100,15 @@ class LayerStore:
             source: [rows, columns] on the CPU, FP32, FP16 or BF16, with any strides; rounded to the store's format.
 
         Raises:
-            ValueError: The shape is wrong, or a value is not finite (or becomes infinite in BF16); the message names
+            ValueError: The shape or the device is wrong, or a value is not finite (or becomes infinite in BF16); the
+                message names
                 its place.
             TypeError: The dtype is not supported.
         """
         if tuple(source.shape) != self.shape(matrix):
             raise ValueError(f"kt_sft: {matrix} must be {self.shape(matrix)}, got {tuple(source.shape)}")
+        if source.device.type != "cpu":
+            raise ValueError(f"kt_sft: {matrix} is on {source.device}; move it to the CPU first")
         source = source.detach()
         row_stride, column_stride = source.stride()
         name = dtype_name(source.dtype, matrix)

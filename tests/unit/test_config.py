@@ -22,6 +22,7 @@ def test_all_defaults():
 def test_from_dict_takes_a_recipes_block():
     assert kt_sft.KTConfig.from_dict({}) == kt_sft.KTConfig()
     assert kt_sft.KTConfig.from_dict({"num_threads": 3}).num_threads == 3
+    assert kt_sft.KTConfig.from_dict({"num_threads": 3}, num_threads=2).num_threads == 2
 
 
 @pytest.mark.parametrize(
@@ -32,6 +33,7 @@ def test_from_dict_takes_a_recipes_block():
         ({"expert_format": 4}, "expert_format must be one of"),
         ({"activation_policy": True}, "activation_policy must be one of retain, recompute"),
         ({"num_threads": 0}, "num_threads must be a whole number of at least 1, got 0"),
+        ({"num_threads": 5000}, "num_threads must be at most 1024, got 5000"),
         ({"num_threads": "two"}, "num_threads must be a whole number"),
         ({"num_threads": True}, "num_threads must be a whole number"),
         ({"num_threads": 1.5}, "num_threads must be a whole number"),
@@ -78,3 +80,10 @@ def test_place_among_the_processes_of_a_launcher(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert local_rank_and_size() == (1, 4)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    assert local_rank_and_size() == (0, 1)
+    for rank, size in (("4", "4"), ("-1", "2"), ("one", "2"), ("0", "x")):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", size)
+        with pytest.raises(ConfigError, match=f"LOCAL_RANK='{rank}' and LOCAL_WORLD_SIZE='{size}'"):
+            local_rank_and_size()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -45,6 +47,7 @@ def test_there_is_one_engine_for_a_number_of_threads():
     assert get_engine(3).threads == 3
     with pytest.raises(ConfigError, match="at most 1024"):
         get_engine(5000)
+    assert get_engine(None) is get_engine(get_engine(None).threads)
 
 
 def test_a_forked_child_starts_its_own_engine():
@@ -56,6 +59,35 @@ def test_a_forked_child_starts_its_own_engine():
         torch.set_num_threads(1)
         os._exit(0 if torch.equal(layer(*args), expected) else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_a_forked_child_exits_in_order():
+    """Tearing the interpreter down must not wait for threads that only the parent has."""
+    program = """
+import os, sys, torch, kt_sft
+layer = kt_sft.CpuExperts.from_weights(torch.randn(2, 8, 6), torch.randn(2, 6, 4))
+layer(torch.randn(3, 6), torch.tensor([[0], [1], [0]]), torch.ones(3, 1))
+child = os.fork()
+if child:
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    assert subprocess.run([sys.executable, "-c", program], timeout=120, check=False).returncode == 0
+
+
+def test_threads_that_cannot_be_started_are_an_error():
+    program = """
+import resource, torch
+from kt_sft.config import ConfigError
+from kt_sft.engine.engine import get_engine
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20), used + (64 << 20)))  # each thread wants 8 MiB of stack
+try:
+    get_engine(500)
+except ConfigError as error:
+    print(error)
+"""
+    run = subprocess.run([sys.executable, "-c", program], timeout=120, check=True, capture_output=True, text=True)
+    assert "cannot start 500 engine threads" in run.stdout
 
 
 class TestCpus:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -57,5 +58,55 @@ def test_no_limits(tmp_path: Path) -> None:
 def test_need_and_have_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading_memory, "available_bytes", lambda: 2 * GIB)
     loading_memory.require_bytes(2 * GIB, "the experts")
-    with pytest.raises(NotEnoughMemoryError, match=r"for the experts: 2\.5 GiB needed, 2\.0 GiB available"):
+    with pytest.raises(NotEnoughMemoryError, match=r"for the experts: 2\.5 GiB needed, 2\.0 GiB available;"):
         loading_memory.require_bytes(5 * GIB // 2, "the experts")
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [(0, "0 bytes"), (1023, "1023 bytes"), (1536, "1.5 KiB"), (160 << 20, "160.0 MiB"), (5 * GIB // 2, "2.5 GiB")],
+)
+def test_sizes_are_readable(size: int, text: str) -> None:
+    assert loading_memory.readable(size) == text
+
+
+class TestProcesses:
+    """Three processes of one machine load 4 GiB each, in any order."""
+
+    need, base = 4 * GIB, GIB
+
+    @pytest.fixture(autouse=True)
+    def machine(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A machine whose launcher, process 1, runs this process and others."""
+        monkeypatch.setattr(loading_memory, "_PROC", tmp_path)
+        self.proc, self.monkeypatch = tmp_path, monkeypatch
+        self.runs(os.getpid(), loaded=0)
+
+    def runs(self, process: int, *, loaded: int, parent: int = 1) -> None:
+        size = (self.base + loaded) // 1024
+        group(self.proc / str(process), status=f"Name:\tpython\nPPid:\t{parent}\nRssAnon:\t{size:>8} kB\n")
+
+    def require(self, available: int) -> None:
+        self.monkeypatch.setattr(loading_memory, "available_bytes", lambda: available)
+        loading_memory.require_bytes(self.need, "the experts", processes=3)
+
+    @pytest.mark.parametrize("loaded", [(0, 0), (2 * GIB, 0), (4 * GIB, 3 * GIB), (4 * GIB, 4 * GIB)])
+    def test_what_others_have_filled_is_not_asked_for_again(self, loaded: tuple[int, int]) -> None:
+        for process, size in enumerate(loaded, start=10_000_000):
+            self.runs(process, loaded=size)
+        self.require(12 * GIB - sum(loaded))
+        with pytest.raises(NotEnoughMemoryError, match=r"4\.0 GiB needed in each of 3 processes \(12\.0 GiB in all\)"):
+            self.require(12 * GIB - sum(loaded) - 1)
+
+    def test_no_more_than_a_share_counts_as_loaded(self) -> None:
+        self.runs(10_000_000, loaded=50 * GIB)
+        self.runs(10_000_001, loaded=0)
+        with pytest.raises(NotEnoughMemoryError, match=r"4\.0 GiB already loaded"):
+            self.require(8 * GIB - 1)
+
+    def test_where_the_others_are_not_seen_only_the_own_share_is_checked(self) -> None:
+        self.runs(10_000_000, loaded=0, parent=7)
+        self.runs(10_000_001, loaded=0, parent=8)
+        self.require(4 * GIB)
+        with pytest.raises(NotEnoughMemoryError, match=r"4\.0 GiB needed, 4\.0 GiB available;"):
+            self.require(4 * GIB - 1)

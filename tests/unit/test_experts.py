@@ -139,10 +139,12 @@ class TestSpecialRouting:
 
 
 class TestAutograd:
-    def test_no_grad_builds_no_graph_and_keeps_nothing(self, experts, inputs):
+    def test_no_grad_builds_no_graph_and_keeps_nothing(self, weights, inputs):
+        layer = kt_sft.CpuExperts.from_weights(*weights, kt_sft.KTConfig(num_threads=7))  # an engine of its own
         with torch.no_grad():
-            y = experts(inputs[0].requires_grad_(), *inputs[1:])
+            y = layer(inputs[0].requires_grad_(), *inputs[1:])
         assert not y.requires_grad
+        assert layer.engine.stats()["kept_bytes"] == 0  # no pre-activations were ever taken
 
     def test_only_what_is_asked_for_gets_a_gradient(self, experts, inputs):
         x, idx, w = inputs
@@ -192,6 +194,25 @@ class TestAutograd:
         with pytest.raises(RuntimeError, match="second time"):
             torch.autograd.grad(loss, x)
 
+    def test_threads_may_walk_one_graph_at_the_same_time(self, experts, inputs):
+        x, w = inputs[0].clone().requires_grad_(), inputs[2].clone().requires_grad_()
+        y = experts(x, inputs[1], w)
+        cotangents = [torch.full_like(y, scale) for scale in (1.0, -2.0)]
+        expected = [torch.autograd.grad(y, (x, w), grad, retain_graph=True) for grad in cotangents]
+        wrong = []
+
+        def walk(which):
+            for _ in range(100):
+                if not same(torch.autograd.grad(y, (x, w), cotangents[which], retain_graph=True), expected[which]):
+                    wrong.append(which)
+
+        threads = [threading.Thread(target=walk, args=(which,)) for which in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert wrong == []
+
     def test_second_derivatives_are_refused(self, experts, inputs):
         x = inputs[0].clone().requires_grad_()
         (grad,) = torch.autograd.grad(experts(x, *inputs[1:]).square().sum(), x, create_graph=True)
@@ -233,10 +254,10 @@ class TestAutograd:
             monkeypatch.setattr(node, "backward", staticmethod(spy))
         x = inputs[0].clone().requires_grad_()
         tensors = experts._tensors(x, *inputs[1:], backward_wanted=True)
-        link = module._Link(experts, x.device)
+        link = module._Link(experts)
         submitted = module._Submit.apply(x, inputs[2], tensors, link)
         shared = Shared.apply(x)
-        y = module._Await.apply(submitted, tensors, link, True, False)
+        y = module._Await.apply(submitted, tensors, link, x.device, True, False)
         (y + shared).sum().backward()
         assert order == ["submit backward", "shared", "await gradients"]
 
@@ -283,12 +304,14 @@ class TestModule:
         assert "num_experts=6" in repr(experts)
         assert "bf16" in repr(experts)
 
-    def test_engine_memory_is_returned(self, experts, inputs):
-        experts(inputs[0].clone().requires_grad_(), *inputs[1:]).sum().backward()
-        kept = experts.engine.stats()["kept_bytes"]
+    def test_engine_memory_is_returned(self, weights, inputs):
+        layer = kt_sft.CpuExperts.from_weights(*weights, kt_sft.KTConfig(num_threads=6))  # an engine of its own
+        layer(inputs[0].clone().requires_grad_(), *inputs[1:]).sum().backward()
+        kept = layer.engine.stats()["kept_bytes"]
+        assert kept > 0
         for _ in range(50):
-            experts(inputs[0].clone().requires_grad_(), *inputs[1:]).sum().backward()
-        assert experts.engine.stats()["kept_bytes"] == kept
+            layer(inputs[0].clone().requires_grad_(), *inputs[1:]).sum().backward()
+        assert layer.engine.stats()["kept_bytes"] == kept
 
 
 class TestBadInput:

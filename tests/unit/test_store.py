@@ -60,6 +60,8 @@ def test_bad_sources_are_named(tmp_path):
         store.write("gate", E, torch.zeros(I, H))
     with pytest.raises(ValueError, match="no gate"):
         make_store(gated=False).write("gate", 0, torch.zeros(I, H))
+    with pytest.raises(ValueError, match="gate is on meta; move it to the CPU first"):
+        store.write("gate", 0, torch.zeros(I, H, device="meta"))
     bad = torch.zeros(H, I)
     bad[4, 2] = float("nan")
     with pytest.raises(ValueError, match="row 4, column 2 is"):
@@ -77,6 +79,8 @@ def test_bad_sources_are_named(tmp_path):
 def test_sizes_and_formats_that_cannot_be():
     with pytest.raises(ValueError, match="must be between 1 and"):
         LayerStore(num_experts=0, hidden_size=H, intermediate_size=I, activation="silu")
+    with pytest.raises(MemoryError):
+        LayerStore(num_experts=2**24, hidden_size=2**24, intermediate_size=2**24, activation="silu")
     with pytest.raises(ValueError, match="no format 'int4'"):
         make_store(expert_format="int4")
 
