@@ -9,6 +9,7 @@ from kt_sft.config import KTConfig, local_rank_and_size
 from kt_sft.engine.info import system_info
 from kt_sft.engine.store import LayerStore
 from kt_sft.loading.mapping import ModulePlan
+from kt_sft.loading.memory import readable
 
 logger = logging.getLogger("kt_sft")
 
@@ -21,11 +22,11 @@ def announce(config: KTConfig, plans: Sequence[ModulePlan], stores: Sequence[Lay
     experts = sum(plan.layout.num_experts for plan in plans)
     resident = sum({id(store): store.nbytes for store in stores}.values())
     logger.info(
-        "routed experts on the CPU: %d experts in %d layers, %s, %.2f GiB resident; tier %s, %s threads",
+        "routed experts on the CPU: %d experts in %d layers, %s, %s resident; tier %s, %s threads",
         experts,
         len(plans),
         config.stored_format,
-        resident / (1 << 30),
+        readable(resident),
         info["tier"],
         info["threads"],
     )

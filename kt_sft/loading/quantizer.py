@@ -14,6 +14,7 @@ from transformers.modeling_utils import PreTrainedModel, is_fsdp_enabled
 from transformers.quantizers.base import HfQuantizer
 
 from kt_sft.config import ConfigError, KTConfig, local_rank_and_size
+from kt_sft.engine.memory import available_bytes
 from kt_sft.engine.store import LayerStore
 from kt_sft.experts import CpuExperts
 from kt_sft.loading.announce import announce, announce_untouched
@@ -21,7 +22,7 @@ from kt_sft.loading.checkpoint import Checkpoint
 from kt_sft.loading.errors import CheckpointError
 from kt_sft.loading.layout import ExpertLayout, find_experts
 from kt_sft.loading.mapping import ModulePlan, feeds_experts, plan_experts
-from kt_sft.loading.memory import require_bytes
+from kt_sft.loading.memory import experts_bytes, not_enough, require_bytes
 from kt_sft.loading.saving import check_target, state_with_experts
 from kt_sft.loading.sharing import publish_store, shared_store
 from kt_sft.loading.streaming import stream
@@ -98,12 +99,12 @@ class KTQuantizer(HfQuantizer):
         self._plans = plan_experts(model, layouts, checkpoint, conversions)
         self._identity = checkpoint.identity()
         self._model_class = type(model)
+        self._check_memory(model, device_map)
         # This runs under torch.device("meta"): what the experts allocate must be real.
         with torch.device("cpu"):
             for plan in self._plans:
                 model.set_submodule(plan.name, CpuExperts(self._store(plan), self._config))
                 _keep_from_initializing(model, plan.name)
-        self._check_memory(model, device_map)
         _ignore_keys(model, layouts)
         return model
 
@@ -152,24 +153,27 @@ class KTQuantizer(HfQuantizer):
 
     def _store(self, plan: ModulePlan) -> LayerStore:
         layout, config = plan.layout, self._config
-        return shared_store(self._key(plan)) or LayerStore(
-            num_experts=layout.num_experts,
-            hidden_size=layout.hidden_size,
-            intermediate_size=layout.intermediate_size,
-            activation=layout.activation,
-            gated=layout.gated,
-            expert_format=config.stored_format,
-        )
+        try:
+            return shared_store(self._key(plan)) or LayerStore(
+                num_experts=layout.num_experts,
+                hidden_size=layout.hidden_size,
+                intermediate_size=layout.intermediate_size,
+                activation=layout.activation,
+                gated=layout.gated,
+                expert_format=config.stored_format,
+            )
+        except MemoryError as error:  # a limit that the check beforehand cannot see, as of the address space
+            raise not_enough(experts_bytes(layout), available_bytes(), f"the experts of {plan.name}") from error
 
     def _check_memory(self, model: PreTrainedModel, device_map: Any) -> None:
-        """Every process of this machine loads its own copy at the same time."""
-        need = sum(_store_of(model, plan.name).nbytes for plan in self._plans if shared_store(self._key(plan)) is None)
+        """Checks, before anything is allocated, what every process of this machine needs for itself."""
+        plans = [plan for plan in self._plans if shared_store(self._key(plan)) is None]
+        need = sum(experts_bytes(plan.layout) for plan in plans)
         devices = device_map.values() if isinstance(device_map, dict) else ("cpu",)
         if any(torch.device(device).type == "cpu" for device in devices if device != "disk"):
-            need += sum(parameter.nbytes for parameter in model.parameters())
-        processes = local_rank_and_size()[1]
-        copies = f" in each of {processes} processes" if processes > 1 else ""
-        require_bytes(need * processes, f"the experts of {len(self._plans)} layers{copies}")
+            experts = {id(value) for plan in self._plans for value in model.get_submodule(plan.name).parameters()}
+            need += sum(value.nbytes for value in model.parameters() if id(value) not in experts)
+        require_bytes(need, f"the experts of {len(plans)} layers", local_rank_and_size()[1])
 
     def _look_unquantised(self, model: PreTrainedModel) -> None:
         if hasattr(model.config, "quantization_config"):

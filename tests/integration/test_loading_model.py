@@ -257,25 +257,37 @@ class TestDamage:
         ):
             load(tmp_path)
 
-    def test_not_enough_memory(self, tiny_moe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(memory, "available_bytes", lambda: 1000)
-        monkeypatch.setattr(
-            "kt_sft.loading.quantizer.stream", lambda _: pytest.fail("the experts were read all the same")
-        )
-        with pytest.raises(NotEnoughMemoryError, match=r"the experts of 2 layers: .* GiB needed, 0\.0 GiB available"):
-            load(tiny_moe)
-
-    def test_memory_is_needed_by_every_process_of_the_machine(
+    def test_not_enough_memory_is_said_before_any_is_taken(
         self, tiny_moe: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        asked: list[tuple[int, str]] = []
-        monkeypatch.setattr("kt_sft.loading.quantizer.shared_store", lambda _: None)
-        monkeypatch.setattr("kt_sft.loading.quantizer.require_bytes", lambda need, what: asked.append((need, what)))
-        for size in ("1", "3"):
-            monkeypatch.setenv("LOCAL_WORLD_SIZE", size)
+        monkeypatch.setattr(memory, "available_bytes", lambda: 1000)
+        monkeypatch.setattr("kt_sft.loading.quantizer.LayerStore", lambda **_: pytest.fail("a store was allocated"))
+        with pytest.raises(NotEnoughMemoryError, match=r"the experts of 2 layers: .* KiB needed, 1000 bytes available"):
             load(tiny_moe)
-        assert asked[1][0] == 3 * asked[0][0]
-        assert asked[1][1].endswith("in each of 3 processes")
+
+    def test_memory_that_the_system_refuses(self, tiny_moe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def refuse(**_: Any) -> None:
+            raise MemoryError("std::bad_alloc")
+
+        monkeypatch.setattr("kt_sft.loading.quantizer.LayerStore", refuse)
+        monkeypatch.setattr("kt_sft.loading.quantizer.available_bytes", lambda: 5 << 20)
+        # 8 experts of three BF16 matrices of 24 x 32 take 36 KiB.
+        with pytest.raises(
+            NotEnoughMemoryError,
+            match=r"the experts of model\.layers\.0\.mlp\.experts: 36\.0 KiB needed, 5\.0 MiB available",
+        ):
+            load(tiny_moe)
+
+    def test_what_is_checked_is_what_is_taken(self, tiny_moe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        asked: list[tuple[int, str, int]] = []
+        monkeypatch.setattr("kt_sft.loading.quantizer.shared_store", lambda _: None)
+        monkeypatch.setattr("kt_sft.loading.quantizer.require_bytes", lambda *what: asked.append(what))
+        monkeypatch.setenv("LOCAL_RANK", "1")
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+        model = load(tiny_moe)
+        dense = sum(parameter.nbytes for parameter in model.parameters())
+        taken = sum(store.nbytes for store in stores(model))
+        assert asked == [(taken + dense, "the experts of 2 layers", 3)]
 
     @pytest.mark.parametrize(
         "quantization",
