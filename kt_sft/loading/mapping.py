@@ -108,11 +108,18 @@ def plan_experts(
         conversions: transformers' weight transforms for `model`.
 
     Raises:
-        CheckpointError: An expert matrix is missing, there twice, of the wrong shape or of a dtype that cannot be read.
+        CheckpointError: An expert matrix is missing, there twice, of the wrong shape or of a dtype that cannot be read;
+            or another weight of the block around experts, as its router's, is missing.
         UnsupportedModelError: The checkpoint's layout needs a conversion that is not known here.
     """
-    feeds = _collect(model, layouts, checkpoint, conversions)
+    feeds, others = _collect(model, layouts, checkpoint, conversions)
+    _check_blocks(model, layouts, others)
     return [_plan_module(name, layout, feeds) for name, layout in layouts.items()]
+
+
+def block_of(name: str) -> str:
+    """The module that holds the experts `name`, and their router."""
+    return name.rpartition(".")[0]
 
 
 def feeds_experts(transform: Any, plans: Sequence[ModulePlan]) -> bool:
@@ -125,12 +132,14 @@ def feeds_experts(transform: Any, plans: Sequence[ModulePlan]) -> bool:
 
 def _collect(
     model: nn.Module, layouts: Mapping[str, ExpertLayout], checkpoint: Checkpoint, conversions: Sequence[Any]
-) -> dict[str, _Feed]:
+) -> tuple[dict[str, _Feed], set[str]]:
+    """What feeds each parameter of experts, and the names of the other tensors that the checkpoint feeds."""
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     prefix, state = getattr(model, "base_model_prefix", None), model.state_dict()
     feeds = {f"{name}.{key}": _Feed() for name, layout in layouts.items() for key in layout.parameter_shapes()}
+    others = set()
     for key, entry in checkpoint.tensors.items():
         target, pattern = rename_source_key(key, renamings, converters, prefix, state)
         if target not in state and key in state:  # as transformers does: a key that should not have been renamed
@@ -147,7 +156,22 @@ def _collect(
                     f"{entry.path}: tensor {key} belongs to the routed experts but is no weight that "
                     f"{layouts[name].class_name} has"
                 )
-    return feeds
+            else:
+                others.add(full_name)
+    return feeds, others
+
+
+def _check_blocks(model: nn.Module, layouts: Mapping[str, ExpertLayout], fed: set[str]) -> None:
+    """Refuses a checkpoint without a router: transformers would warn, and go on with a random one."""
+    elsewhere = [*(getattr(model, "all_tied_weights_keys", None) or {})]
+    optional = getattr(model, "_keys_to_ignore_on_load_missing", None) or []
+    for name in layouts:
+        block = block_of(name)
+        for key in model.get_submodule(block).state_dict(prefix=f"{block}." if block else ""):
+            if key in fed or key in elsewhere or _inside(key, layouts):
+                continue
+            if not any(re.search(pattern, key) for pattern in optional):
+                raise CheckpointError(f"the checkpoint has no tensor for {key}, of the block around {name}")
 
 
 def _targets(target: str, converter: WeightConverter | None) -> list[str]:

@@ -19,9 +19,10 @@ from kt_sft.engine.store import LayerStore
 from kt_sft.experts import CpuExperts
 from kt_sft.loading.announce import announce, announce_untouched
 from kt_sft.loading.checkpoint import Checkpoint
+from kt_sft.loading.dense import check_finite
 from kt_sft.loading.errors import CheckpointError
 from kt_sft.loading.layout import ExpertLayout, find_experts
-from kt_sft.loading.mapping import ModulePlan, feeds_experts, plan_experts
+from kt_sft.loading.mapping import ModulePlan, block_of, feeds_experts, plan_experts
 from kt_sft.loading.memory import experts_bytes, not_enough, require_bytes
 from kt_sft.loading.saving import check_target, state_with_experts
 from kt_sft.loading.sharing import publish_store, shared_store
@@ -113,6 +114,7 @@ class KTQuantizer(HfQuantizer):
             self.remove_quantization_config(model)
             announce_untouched(type(model).__name__)
             return model
+        check_finite(model, self._plans)
         stores = [(plan, _store_of(model, plan.name)) for plan in self._plans]
         stream([(plan, store) for plan, store in stores if shared_store(self._key(plan)) is not store])
         for plan, store in stores:
@@ -203,7 +205,7 @@ def _keep_from_initializing(model: nn.Module, name: str) -> None:
 
     Qwen3-Omni initialises its experts from the block around them. A block with tensors of its own is left to do so.
     """
-    block = model.get_submodule(name.rpartition(".")[0])
+    block = model.get_submodule(block_of(name))
     if not [*block.parameters(recurse=False), *block.buffers(recurse=False)]:
         setattr(block, _INITIALIZED, True)
 

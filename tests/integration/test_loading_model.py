@@ -6,6 +6,7 @@ import copy
 import filecmp
 import gc
 import json
+import re
 import shutil
 import threading
 import weakref
@@ -186,7 +187,21 @@ def _fused_of_wrong_shape(tensors: dict[str, torch.Tensor]) -> None:
     tensors["model.layers.1.mlp.experts.down_proj"] = torch.zeros(8, 24, 32, dtype=torch.bfloat16)
 
 
+def _no_router(tensors: dict[str, torch.Tensor]) -> None:
+    del tensors["model.layers.1.mlp.gate.weight"]
+
+
+def _dense_value(value: float) -> Callable[[dict[str, torch.Tensor]], None]:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.1.self_attn.o_proj.weight"][3, 4] = value
+
+    return change
+
+
 DAMAGES = {
+    "no router": (_no_router, "no tensor for model.layers.1.mlp.gate.weight, of the block around model.layers.1.mlp"),
+    "dense nan": (_dense_value(float("nan")), "model.layers.1.self_attn.o_proj.weight holds NaN or Inf"),
+    "dense inf": (_dense_value(float("-inf")), "model.layers.1.self_attn.o_proj.weight holds NaN or Inf"),
     "missing": (_drop, f"the checkpoint lacks {EXPERT.format('up')}"),
     "all missing": (_drop_all_down, "no tensor for model.layers.1.mlp.experts.down_proj, shape [8, 32, 24]"),
     "wrong shape": (
@@ -228,6 +243,22 @@ class TestDamage:
             load(checkpoint)
         assert f"{checkpoint / 'model.safetensors'}: tensor {EXPERT.format('gate')}" in str(error.value)
         assert "row 5, column 7" in str(error.value)
+
+    def test_values_too_large_for_the_dtype_asked_for(self, checkpoint: Path, edit: Callable[..., None]) -> None:
+        edit(_dense_value(1e30))
+        load(checkpoint)
+        with pytest.raises(CheckpointError, match=r"too large for the torch\.float16 it is loaded as"):
+            load(checkpoint, dtype=torch.float16)
+
+    def test_a_routers_bias_is_looked_at(self, tmp_path: Path) -> None:
+        from families import FAMILIES, make
+
+        plain = make(FAMILIES["deepseek_v3"][0])
+        name, bias = next((k, v) for k, v in plain.named_buffers() if "e_score_correction_bias" in k)
+        bias[3] = float("nan")
+        plain.save_pretrained(tmp_path)
+        with pytest.raises(CheckpointError, match=f"{re.escape(name)} holds NaN or Inf"):
+            load(tmp_path)
 
     def test_truncated_file(self, checkpoint: Path) -> None:
         path = checkpoint / "model.safetensors"
