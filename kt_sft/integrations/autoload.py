@@ -26,8 +26,20 @@ _AFTER = {
     "llamafactory.hparams": ("kt_sft.integrations.llamafactory", "settle_package"),
     "llamafactory.model.model_utils.attention": ("kt_sft.integrations.gpt_oss", "extend_attention"),
     "llamafactory.model.model_utils.quantization": ("kt_sft.integrations.llamafactory", "extend_quantization"),
+    "llamafactory.model.patcher": ("kt_sft.integrations.llamafactory", "check_loaded_model"),
     "llamafactory.v1.plugins.model_plugins.quantization": ("kt_sft.integrations.llamafactory", "register_v1"),
 }
+
+#: Host modules whose hooks must have run before a recipe with our key may go on.
+_REQUIRED = (
+    "llamafactory.hparams.parser",
+    "llamafactory.model.model_utils.attention",
+    "llamafactory.model.model_utils.quantization",
+    "llamafactory.model.patcher",
+)
+
+#: What became of this process's hooks: (our module, function) -> the failure, or "" where it is attached.
+_outcomes: dict[tuple[str, str], str] = {}
 
 
 class _HookFinder:
@@ -68,12 +80,33 @@ def _call(hook: tuple[str, str] | None, module: ModuleType) -> None:
         return
     try:
         getattr(importlib.import_module(hook[0]), hook[1])(module)
+        _outcomes[hook] = ""
     except Exception as error:
+        _outcomes[hook] = f"could not attach to {module.__name__}: {error!r}"
         warnings.warn(
             f"kt_sft could not attach to {module.__name__}: {error!r}; recipes with a kt_sft block will not run",
             RuntimeWarning,
             stacklevel=2,
         )
+
+
+def failures() -> list[str]:
+    """What could not be attached in this process, one sentence each."""
+    return [failure for failure in _outcomes.values() if failure]
+
+
+def unattached() -> list[str]:
+    """Imports what a recipe of LLaMA-Factory's is going to use; returns one sentence for each hook not in place."""
+    missing = []
+    for name in _REQUIRED:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            missing.append(f"{name} cannot be imported: {error!r}")
+            continue
+        if _AFTER[name] not in _outcomes:
+            missing.append(f"{name} was imported before kt_sft could attach to it")
+    return failures() + missing
 
 
 def arm() -> None:

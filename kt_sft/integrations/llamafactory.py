@@ -7,20 +7,30 @@ other modules import from it is already ours.
 from __future__ import annotations
 
 import dataclasses
+import enum
 import functools
 import json
 import logging
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from kt_sft.config import ConfigError, KTConfig
-from kt_sft.loading.checkpoint import read_header
+from kt_sft.integrations import autoload
+from kt_sft.integrations.adapters import check_adapter
 
-#: The field's value in a recipe without the key. Not None, because that is what an empty `kt_sft:` gives.
-_ABSENT = ""
+
+class Absent(enum.Enum):
+    """The field's value in a recipe without the key: nothing that YAML, JSON or a command line can write."""
+
+    ABSENT = "no kt_sft block"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+ABSENT = Absent.ABSENT
 
 _HELP = (
     "Run the routed experts on the CPU with kt_sft: a block of its settings, {} for the defaults (or a JSON string)."
@@ -55,13 +65,18 @@ def extend_model_arguments(module: ModuleType) -> None:
 
     @dataclasses.dataclass
     class ModelArguments(base):
-        kt_sft: dict | str | None = dataclasses.field(default=_ABSENT, metadata={"help": _HELP})
+        kt_sft: dict | str | None = dataclasses.field(default=ABSENT, metadata={"help": _HELP})  # type: ignore[assignment]
 
         def __post_init__(self) -> None:
             super().__post_init__()
             self.kt_sft = _read_block(self.kt_sft)
-            if self.kt_sft != _ABSENT:
+            if self.kt_sft is not ABSENT:
+                _refuse_failures(autoload.unattached())
                 _check_model_arguments(self)
+
+        def to_dict(self) -> dict[str, Any]:
+            """As LLaMA-Factory gives it to loggers: JSON, so without our marker."""
+            return {key: value for key, value in super().to_dict().items() if value is not ABSENT}
 
     ModelArguments.__module__ = base.__module__
     ModelArguments.__qualname__ = base.__qualname__
@@ -99,6 +114,7 @@ def check_parsed_arguments(parser: ModuleType) -> None:
         model_args, _, training_args, finetuning_args, _ = parsed
         if config_of(model_args) is not None:
             _check_finetuning_arguments(finetuning_args)
+            _check_other_adapters(model_args, finetuning_args)
             _check_training_arguments(training_args)
         return parsed
 
@@ -127,6 +143,23 @@ def extend_quantization(module: ModuleType) -> None:
     module.configure_quantization = configure_quantization  # type: ignore[attr-defined]
 
 
+def check_loaded_model(patcher: ModuleType) -> None:
+    """Wraps `patch_model`, which every loaded model passes before it gets adapters: was the quantizer used?
+
+    Args:
+        patcher: `llamafactory.model.patcher`.
+    """
+    patch: Callable[..., None] = patcher.patch_model
+
+    @functools.wraps(patch)
+    def patch_model(model: Any, tokenizer: Any, model_args: Any, is_trainable: bool, add_valuehead: bool) -> None:
+        if config_of(model_args) is not None:
+            _check_quantizer_was_used(model)
+        patch(model, tokenizer, model_args, is_trainable, add_valuehead)
+
+    patcher.patch_model = patch_model  # type: ignore[attr-defined]
+
+
 def register_v1(module: ModuleType) -> None:
     """Registers kt_sft in the plugin registry of LLaMA-Factory's v1: `quant_config: {name: kt_sft, ...}`.
 
@@ -136,6 +169,7 @@ def register_v1(module: ModuleType) -> None:
 
     @module.QuantizationPlugin("kt_sft").register()
     def quantization_with_kt_sft(init_kwargs: dict[str, Any], model_args: Any = None, **_: Any) -> dict[str, Any]:
+        _refuse_failures(autoload.failures())
         settings = {key: value for key, value in dict(model_args.quant_config).items() if key != "name"}
         _show_log()
         init_kwargs["quantization_config"] = KTConfig.from_dict(settings)
@@ -146,10 +180,38 @@ def config_of(model_args: Any) -> KTConfig | None:
     """The settings in a recipe's `kt_sft:` block, or None where the recipe has none.
 
     Raises:
-        ConfigError: The block holds something unknown or impossible.
+        ConfigError: The block holds something unknown or impossible, or kt_sft could not attach everywhere.
     """
-    block: Any = getattr(model_args, "kt_sft", _ABSENT)
-    return None if block == _ABSENT else KTConfig.from_dict(block)
+    block: Any = getattr(model_args, "kt_sft", ABSENT)
+    if block is ABSENT:
+        return None
+    _refuse_failures(autoload.failures())
+    return KTConfig.from_dict(block)
+
+
+def _refuse_failures(failures: list[str]) -> None:
+    """With a part of us missing a recipe would train something else than it says."""
+    if failures:
+        raise ConfigError(
+            f"kt_sft: {'; '.join(failures)}. This version of kt_sft does not fit the installed LLaMA-Factory or "
+            "transformers; install the versions kt_sft names, or remove the kt_sft block"
+        )
+
+
+def _check_quantizer_was_used(model: Any) -> None:
+    from kt_sft.experts import CpuExperts
+    from kt_sft.loading.quantizer import KTQuantizer
+
+    # LLaMA-Factory keeps only the thinker of an Omni model; that of Qwen2.5-Omni is dense, and has no trace of us.
+    if getattr(model.config, "model_type", None) == "qwen2_5_omni_thinker":
+        return
+    if isinstance(getattr(model, "hf_quantizer", None), KTQuantizer):
+        return
+    if not any(isinstance(module, CpuExperts) for module in model.modules()):
+        raise ConfigError(
+            f"kt_sft: {type(model).__name__} was loaded without kt_sft although the recipe has a kt_sft block; "
+            "LLaMA-Factory or transformers has changed how it loads models, so install the versions kt_sft names"
+        )
 
 
 def _knows_key(arguments: type) -> bool:
@@ -157,9 +219,9 @@ def _knows_key(arguments: type) -> bool:
 
 
 def _read_block(block: Any) -> Any:
-    """Checks a block; returns it as a plain dict, or _ABSENT."""
-    if block == _ABSENT:
-        return _ABSENT
+    """Checks a block; returns it as a plain dict, or ABSENT."""
+    if block is ABSENT:
+        return ABSENT
     if block is None:
         raise ConfigError("kt_sft: the block is empty; write `kt_sft: {}` for the defaults, or remove the key")
     if isinstance(block, str):
@@ -181,8 +243,18 @@ def _check_model_arguments(model_args: Any) -> None:
     _refuse(model_args, _EXCLUDED_MODEL_ARGUMENTS)
     if model_args.infer_backend != "huggingface":
         raise ConfigError("kt_sft: chat and api run with infer_backend huggingface only; remove infer_backend")
-    for adapter in _as_list(model_args.adapter_name_or_path):
-        _check_adapter(adapter)
+    _check_adapters(model_args, model_args.adapter_name_or_path)
+
+
+def _check_adapters(model_args: Any, adapters: Any) -> None:
+    for adapter in _as_list(adapters):
+        check_adapter(
+            adapter,
+            subfolder=model_args.adapter_folder,
+            revision=model_args.model_revision,
+            cache_dir=model_args.cache_dir,
+            token=model_args.hf_hub_token,
+        )
 
 
 def _as_list(paths: Any) -> list[str]:
@@ -191,17 +263,12 @@ def _as_list(paths: Any) -> list[str]:
     return [path.strip() for path in paths.split(",")] if isinstance(paths, str) else list(paths)
 
 
-def _check_adapter(adapter: str) -> None:
-    """PEFT drops tensors of modules that a model does not have without a word, so an adapter is looked at first."""
-    weights = Path(adapter) / "adapter_model.safetensors"
-    if not weights.exists():
-        return
-    trained = [key for key in read_header(weights) if ".experts." in key]
-    if trained:
-        raise ConfigError(
-            f"kt_sft: the adapter {adapter} has weights for routed experts ({trained[0]}), which this version cannot "
-            "apply; use it without kt_sft"
-        )
+def _check_other_adapters(model_args: Any, finetuning_args: Any) -> None:
+    """Adapters that training stages load beside the trained one: LLaMA-Factory hands our block to their models, too."""
+    _check_adapters(model_args, finetuning_args.ref_model_adapters)
+    _check_adapters(model_args, finetuning_args.reward_model_adapters)
+    if finetuning_args.reward_model is not None and finetuning_args.reward_model_type in ("lora", "oft"):
+        check_adapter(finetuning_args.reward_model)  # loaded without adapter_folder, from the hub's default place
 
 
 def _check_finetuning_arguments(finetuning_args: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib
 from types import ModuleType
 from typing import Any
 
@@ -24,12 +25,14 @@ def register(auto: ModuleType) -> None:
 
 
 def guard_saving(modeling: ModuleType) -> None:
-    """Wraps `PreTrainedModel.save_pretrained`, which tells a quantizer what to save but not where.
+    """Wraps `PreTrainedModel.save_pretrained`, once, which tells a quantizer what to save but not where.
 
     Args:
         modeling: The module `transformers.modeling_utils`.
     """
     save = modeling.PreTrainedModel.save_pretrained
+    if getattr(save, "guarded_by_kt_sft", False):
+        return
 
     @functools.wraps(save)
     def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
@@ -38,6 +41,7 @@ def guard_saving(modeling: ModuleType) -> None:
             check(save_directory)
         return save(self, save_directory, *args, **kwargs)
 
+    save_pretrained.guarded_by_kt_sft = True  # type: ignore[attr-defined]
     modeling.PreTrainedModel.save_pretrained = save_pretrained
 
 
@@ -52,6 +56,8 @@ def _made_on_use(base: type) -> type:
         def __new__(cls, *args: Any, **kwargs: Any) -> Any:
             from kt_sft.loading.quantizer import KTQuantizer
 
+            # Not attached yet where transformers.modeling_utils itself was what imported torch first.
+            guard_saving(importlib.import_module("transformers.modeling_utils"))
             return KTQuantizer(*args, **kwargs)
 
     return DeferredKTQuantizer

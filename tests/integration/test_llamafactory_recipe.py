@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +15,8 @@ from safetensors.torch import save_file
 from transformers import HfArgumentParser
 
 from kt_sft.config import ConfigError, KTConfig
+from kt_sft.integrations import autoload
+from kt_sft.integrations.llamafactory import ABSENT, config_of
 
 SETTINGS = "expert_format, group_size, zero_point, compute, num_threads, activation_policy, lora_experts"
 
@@ -25,6 +27,7 @@ BLOCKS = {
     "no block": (5, "must be a block of settings"),
     "a list": (["bf16"], "must be a block of settings"),
     "empty": (None, "the block is empty; write `kt_sft: {}`"),
+    "empty string": ("", "is no JSON object"),
     "no JSON": ("{expert_format: bf16}", "is no JSON object"),
     "format of a later version": ({"expert_format": "int4"}, "'int4' is not available in this version"),
 }
@@ -68,7 +71,8 @@ def test_bad_combinations(changes: dict[str, Any], message: str, parse: Callable
 @pytest.mark.parametrize("changes", [{"finetuning_type": "full"}, {"use_dora": True}])
 def test_without_the_key_nothing_is_refused(changes: dict[str, Any], parse: Callable[..., Any]) -> None:
     model_args = parse(**changes)[0]
-    assert model_args.kt_sft == ""
+    assert model_args.kt_sft is ABSENT
+    assert "kt_sft" not in model_args.to_dict()
 
 
 def test_zero_3_is_refused(parse: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,19 +91,83 @@ def test_an_inference_engine_of_its_own_is_refused(tiny_moe: Path) -> None:
         get_infer_args(recipe | {"infer_backend": "vllm"})
 
 
+ATTENTION = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+SHARED = "base_model.model.model.layers.0.mlp.shared_experts.up_proj.lora_A.weight"
+EXPERTS = "base_model.model.model.layers.0.mlp.experts.base_layer.lora_A.weight"
+
+
+def write_adapter(folder: Path, key: str) -> Path:
+    folder.mkdir(parents=True)
+    save_file({key: torch.zeros(2, 2)}, folder / "adapter_model.safetensors")
+    return folder
+
+
 def test_an_adapter_on_experts_is_refused(parse: Callable[..., Any], tmp_path: Path) -> None:
-    keys = {
-        "attention": "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight",
-        "shared": "base_model.model.model.layers.0.mlp.shared_experts.up_proj.lora_A.weight",
-        "experts": "base_model.model.model.layers.0.mlp.experts.base_layer.lora_A.weight",
-    }
-    for name, key in keys.items():
-        (tmp_path / name).mkdir()
-        save_file({key: torch.zeros(2, 2)}, tmp_path / name / "adapter_model.safetensors")
-    fine = f"{tmp_path / 'attention'},{tmp_path / 'shared'}"
-    assert parse(kt_sft={}, adapter_name_or_path=fine)[0].kt_sft == {}
+    attention, shared = write_adapter(tmp_path / "attention", ATTENTION), write_adapter(tmp_path / "shared", SHARED)
+    experts = write_adapter(tmp_path / "experts", EXPERTS)
+
+    assert parse(kt_sft={}, adapter_name_or_path=f"{attention},{shared}")[0].kt_sft == {}
     with pytest.raises(ConfigError, match="has weights for routed experts"):
-        parse(kt_sft={}, adapter_name_or_path=f"{fine},{tmp_path / 'experts'}")
+        parse(kt_sft={}, adapter_name_or_path=f"{attention},{shared},{experts}")
+
+
+def test_the_adapter_is_looked_for_in_adapter_folder(parse: Callable[..., Any], tmp_path: Path) -> None:
+    write_adapter(tmp_path / "fine", ATTENTION)
+    write_adapter(tmp_path / "experts", EXPERTS)
+
+    parse(kt_sft={}, adapter_name_or_path=str(tmp_path), adapter_folder="fine")
+    with pytest.raises(ConfigError, match="has weights for routed experts"):
+        parse(kt_sft={}, adapter_name_or_path=str(tmp_path), adapter_folder="experts")
+
+
+def test_a_pickled_adapter_is_refused(parse: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "adapter_model.bin").write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"convert it to adapter_model\.safetensors"):
+        parse(kt_sft={}, adapter_name_or_path=str(tmp_path))
+
+
+@pytest.fixture
+def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A local cache of the hub, offline, with the repositories tiny/attention and tiny/experts."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for name, key in {"attention": ATTENTION, "experts": EXPERTS}.items():
+        repository = tmp_path / "hub" / f"models--tiny--{name}"
+        write_adapter(repository / "snapshots" / "0" / "inner", key)
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text("0")
+    return tmp_path / "hub"
+
+
+def test_adapters_of_the_hub_are_looked_at_in_its_cache(parse: Callable[..., Any], hub_cache: Path) -> None:
+    settings = {"kt_sft": {}, "cache_dir": str(hub_cache), "adapter_folder": "inner"}
+
+    assert parse(**settings, adapter_name_or_path="tiny/attention")[0].kt_sft == {}
+    with pytest.raises(ConfigError, match="tiny/experts has weights for routed experts"):
+        parse(**settings, adapter_name_or_path="tiny/experts")
+    with pytest.raises(ConfigError, match=r"tiny/missing .* neither a folder with one nor a repository"):
+        parse(**settings, adapter_name_or_path="tiny/missing")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({"stage": "dpo", "ref_model": "MODEL", "ref_model_adapters": "EXPERTS"}, id="reference"),
+        pytest.param({"stage": "ppo", "reward_model": "EXPERTS"}, id="reward adapter"),
+        pytest.param(
+            {"stage": "ppo", "reward_model_type": "full", "reward_model": "MODEL", "reward_model_adapters": "EXPERTS"},
+            id="adapter of a reward model",
+        ),
+    ],
+)
+def test_adapters_of_other_models_are_looked_at(
+    changes: dict[str, str], parse: Callable[..., Any], tiny_moe: Path, tmp_path: Path
+) -> None:
+    paths = {"MODEL": str(tiny_moe), "EXPERTS": str(write_adapter(tmp_path / "experts", EXPERTS))}
+    changes = {key: paths.get(value, value) for key, value in changes.items()}
+
+    assert parse(**changes)[0].kt_sft is ABSENT
+    with pytest.raises(ConfigError, match="has weights for routed experts"):
+        parse(kt_sft={}, **changes)
 
 
 def test_a_json_string_is_as_good_as_a_block(parse: Callable[..., Any]) -> None:
@@ -124,7 +192,7 @@ def test_copies_of_the_arguments_keep_the_block(parse: Callable[..., Any]) -> No
     assert copy.kt_sft == {"num_threads": 2}
     assert copy.model_name_or_path == "elsewhere"
     plain = parse()[0]
-    assert type(plain).copyfrom(plain).kt_sft == ""
+    assert type(plain).copyfrom(plain).kt_sft is ABSENT
 
 
 def test_bad_block_on_the_command_line(write_recipe: Callable[..., Path]) -> None:
@@ -186,17 +254,83 @@ def test_the_key_is_known_whichever_module_is_imported_first(first: str) -> None
     assert result.returncode == 0, result.stdout
 
 
-def test_a_host_that_moved_warns_and_goes_on_without_us() -> None:
+HOOKS = [
+    pytest.param(name, hook, id=hook[1])
+    for hooks in (autoload._BEFORE, autoload._AFTER)
+    for name, hook in hooks.items()
+]
+
+
+@pytest.mark.parametrize(("name", "hook"), HOOKS)
+def test_a_host_that_moved_warns_and_refuses_the_key(
+    name: str, hook: tuple[str, str], parse: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(module: ModuleType) -> None:
+        raise AttributeError(f"{module.__name__} has changed")
+
+    args = parse(kt_sft={})[0]
+    monkeypatch.setattr(autoload, "_outcomes", dict(autoload._outcomes))
+    monkeypatch.setattr(f"{hook[0]}.{hook[1]}", broken)
+
+    with pytest.warns(RuntimeWarning, match=f"could not attach to {name}: .*recipes with a kt_sft block will not run"):
+        autoload._call(hook, ModuleType(name))
+
+    with pytest.raises(ConfigError, match=f"kt_sft: could not attach to {name}"):
+        parse(kt_sft={})
+    with pytest.raises(ConfigError, match=f"kt_sft: could not attach to {name}"):
+        config_of(args)  # a hook that broke between the parsing and the loading
+    assert parse()[0].kt_sft is ABSENT
+
+
+@pytest.mark.parametrize(
+    "hook", ["extend_model_arguments", "check_parsed_arguments", "extend_quantization", "check_loaded_model"]
+)
+def test_a_command_with_a_broken_hook_trains_nothing(hook: str, write_recipe: Callable[..., Path]) -> None:
     script = (
-        "import sys, types, warnings\n"
-        "import kt_sft.integrations.autoload as autoload\n"
-        "moved = types.ModuleType('llamafactory.hparams.model_args')\n"
-        "with warnings.catch_warnings(record=True) as caught:\n"
-        "    warnings.simplefilter('always')\n"
-        "    autoload._call(autoload._AFTER[moved.__name__], moved)\n"
-        "assert 'could not attach to llamafactory.hparams.model_args' in str(caught[0].message), caught\n"
+        "import sys\n"
+        "import kt_sft.integrations.llamafactory as ours\n"
+        "def broken(module): raise AttributeError('changed')\n"
+        "setattr(ours, sys.argv[1], broken)\n"
+        "from llamafactory.train.tuner import run_exp\n"
+        "import yaml\n"
+        "run_exp(yaml.safe_load(open(sys.argv[2])))\n"
     )
-    result = run_command(["python", "-c", script])
+    result = run_command(["python", "-c", script, hook, str(write_recipe(kt_sft={}))])
+
+    assert result.returncode != 0
+    assert "kt_sft" in result.stdout.splitlines()[-1] or "kt_sft" in result.stdout.splitlines()[-2]
+    assert "Running training" not in result.stdout
+
+
+def test_a_model_loaded_without_the_quantizer_is_refused(write_recipe: Callable[..., Path]) -> None:
+    # transformers that no longer heeds what configure_quantization hands over.
+    script = (
+        "import sys, yaml\n"
+        "import llamafactory.model.loader as loader\n"
+        "patch_config = loader.patch_config\n"
+        "def forgetful(config, tokenizer, model_args, init_kwargs, is_trainable):\n"
+        "    patch_config(config, tokenizer, model_args, init_kwargs, is_trainable)\n"
+        "    del init_kwargs['quantization_config']\n"
+        "loader.patch_config = forgetful\n"
+        "from llamafactory.train.tuner import run_exp\n"
+        "run_exp(yaml.safe_load(open(sys.argv[1])))\n"
+    )
+    result = run_command(["python", "-c", script, str(write_recipe(kt_sft={}))])
+
+    assert result.returncode != 0
+    assert "Qwen3MoeForCausalLM was loaded without kt_sft although the recipe has a kt_sft block" in result.stdout
+    assert "Running training" not in result.stdout
+
+
+def test_saving_is_guarded_although_transformers_imported_torch_first(tiny_moe: Path) -> None:
+    script = (
+        "import sys, transformers.modeling_utils\n"
+        "from kt_sft import KTConfig\n"
+        "from transformers import AutoModelForCausalLM, PreTrainedModel\n"
+        "AutoModelForCausalLM.from_pretrained(sys.argv[1], quantization_config=KTConfig())\n"
+        "assert hasattr(PreTrainedModel.save_pretrained, '__wrapped__')\n"
+    )
+    result = run_command(["python", "-c", script, str(tiny_moe)])
     assert result.returncode == 0, result.stdout
 
 

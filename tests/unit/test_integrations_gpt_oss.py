@@ -13,6 +13,8 @@ from llamafactory.model import patcher
 from llamafactory.model.model_utils import attention
 from transformers import GptOssConfig, Qwen3MoeConfig
 
+from kt_sft.integrations.llamafactory import ABSENT
+
 
 def arguments(flash_attn: str, block: Any) -> SimpleNamespace:
     return SimpleNamespace(flash_attn=flash_attn, kt_sft=block)
@@ -38,7 +40,7 @@ def test_what_was_asked_for_explicitly_is_not_replaced() -> None:
 def test_without_the_block_nothing_changes() -> None:
     # Fails once LLaMA-Factory and transformers agree again: then this seam can go.
     with pytest.raises(ImportError, match="load_and_register_kernel"):
-        attention.configure_attn_implementation(GptOssConfig(), arguments("disabled", ""))
+        attention.configure_attn_implementation(GptOssConfig(), arguments("disabled", ABSENT))
 
 
 def test_other_models_are_left_to_llamafactory() -> None:
