@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -36,8 +37,9 @@ class KTQuantizer(HfQuantizer):
     """Loads a model with its routed experts in the CPU engine; everything else loads as always.
 
     Afterwards the model looks like an unquantised one to the libraries above (its dense part is one: adapters merge,
-    dtypes cast), except that `is_quantized` and `hf_quantizer` stay, by which the Trainer asks for adapters and
-    `save_pretrained` asks for the experts. A model without routed experts is left exactly as without kt_sft.
+    `to(dtype)` casts it), except that `is_quantized` and `hf_quantizer` stay, by which the Trainer asks for adapters
+    and `save_pretrained` asks for the experts; for `is_quantized`, transformers refuses `half()` and `float()`. A model
+    without routed experts is left exactly as without kt_sft.
     """
 
     requires_calibration = False
@@ -123,12 +125,25 @@ class KTQuantizer(HfQuantizer):
         announce(self._config, self._plans, [store for _, store in stores])
         return model
 
-    def check_save_directory(self, save_directory: str | os.PathLike[str]) -> None:
-        """Called before a model is saved.
+    def check_save_directory(
+        self, save_directory: str | os.PathLike[str], state_dict: Mapping[str, Any] | None = None
+    ) -> None:
+        """Called before a whole model is saved.
+
+        Args:
+            save_directory: Where to.
+            state_dict: What `save_pretrained` was given to save instead of the model's own state.
 
         Raises:
             CheckpointError: The experts' own source lies there.
+            ValueError: A state dict is given: transformers drops it for what a quantizer gives, and one without the
+                experts would make no checkpoint.
         """
+        if state_dict is not None:
+            raise ValueError(
+                "kt_sft: save_pretrained(state_dict=...) is not supported for a model whose experts are in the engine; "
+                "load the values into the model and save it without state_dict"
+            )
         check_target(save_directory, self._identity)
 
     def get_state_dict_and_metadata(

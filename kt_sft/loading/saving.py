@@ -1,11 +1,13 @@
 """Puts the experts back when a model is saved, so that an export is an ordinary checkpoint.
 
 The frozen experts did not change, so their tensors are the source checkpoint's own, byte for byte, mapped from its
-files and written shard by shard.
+files and written shard by shard. They keep its dtype, too: cast to the dtype of the model, they would have to be in
+memory all at once, and the readers of a checkpoint cast anyway.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -15,9 +17,12 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
+from kt_sft.config import local_rank_and_size
 from kt_sft.loading.checkpoint import Checkpoint, TensorEntry
 from kt_sft.loading.errors import CheckpointError
 from kt_sft.loading.mapping import ModulePlan
+
+logger = logging.getLogger("kt_sft")
 
 
 def state_with_experts(
@@ -36,6 +41,7 @@ def state_with_experts(
     entries = {key: entry for plan in plans for key, entry in plan.entries().items()}
     _check_unchanged(source)
     state = dict(model.state_dict())
+    _announce_dtypes(entries.values(), getattr(model, "dtype", None))
     names = keys_for_saving(entries, getattr(model, "_weight_conversions", None) or [])
     for path, keys in _by_file(entries.values()).items():
         try:
@@ -45,6 +51,16 @@ def state_with_experts(
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{path}: cannot be read to copy the experts from it ({error})") from error
     return state
+
+
+def _announce_dtypes(entries: Iterable[TensorEntry], dtype: torch.dtype | None) -> None:
+    kept = sorted({entry.dtype_name for entry in entries if entry.dtype != dtype})
+    if kept and local_rank_and_size()[0] == 0:
+        logger.warning(
+            "the experts are saved as %s, copied from the checkpoint they came from; the rest of the model is %s",
+            " and ".join(kept),
+            dtype,
+        )
 
 
 def check_target(save_directory: str | os.PathLike[str], source: tuple[tuple[str, int, int], ...]) -> None:

@@ -490,6 +490,28 @@ class TestSaving:
         model._hf_peft_config_loaded = True  # what model.add_adapter sets
         assert model.hf_quantizer.get_state_dict_and_metadata(model) == (None, {})
 
+    def test_a_state_dict_of_ones_own_is_refused(self, tiny_moe: Path, tmp_path: Path) -> None:
+        model = load(tiny_moe)
+        with pytest.raises(ValueError, match=r"save_pretrained\(state_dict=\.\.\.\) is not supported"):
+            model.hf_quantizer.check_save_directory(tmp_path / "saved", state_dict=model.state_dict())
+        model.hf_quantizer.check_save_directory(tmp_path / "saved", state_dict=None)
+
+    def test_experts_keep_the_dtype_of_their_checkpoint(
+        self, tiny_moe: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        source, target = tmp_path / "source", tmp_path / "target"
+        AutoModelForCausalLM.from_pretrained(tiny_moe, dtype=torch.float32).save_pretrained(source)
+
+        load(source, dtype=torch.float32).save_pretrained(target)
+        assert "the experts are saved as" not in caplog.text
+        load(source, dtype=torch.bfloat16).save_pretrained(target)
+        assert "the experts are saved as F32" in caplog.text
+
+        saved, plain = load_file(target / "model.safetensors"), load_file(source / "model.safetensors")
+        for key, value in saved.items():
+            assert torch.equal(value, plain[key] if ".experts." in key else plain[key].bfloat16())
+            assert value.dtype == (torch.float32 if ".experts." in key else torch.bfloat16)
+
     def test_a_part_of_the_model_is_refused(self, tiny_moe: Path, tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match="Qwen3MoeModel is a part of Qwen3MoeForCausalLM"):
             load(tiny_moe).model.save_pretrained(tmp_path)
@@ -507,6 +529,13 @@ class TestUse:
         model, info = load(tiny_moe, output_loading_info=True)
         assert not any("experts" in name for name in model.state_dict())
         assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+
+    def test_the_dense_part_can_be_cast(self, tiny_moe: Path) -> None:
+        model = load(tiny_moe).to(torch.float32)
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+        assert model(torch.arange(12).reshape(1, 12)).logits.dtype == torch.float32
+        with pytest.raises(ValueError, match="not supported for quantized model"):
+            model.half()  # as the quantizer's documentation says
 
     def test_training_without_adapters_is_refused(self, tiny_moe: Path, tmp_path: Path) -> None:
         arguments = transformers.TrainingArguments(tmp_path, use_cpu=True, report_to="none")
