@@ -5,20 +5,24 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import inspect
+from types import SimpleNamespace
 
 import llamafactory.hparams.parser
+import llamafactory.model.loader
 import llamafactory.model.patcher
 import pytest
 import torch
 import transformers.quantizers.auto as auto
 from llamafactory.hparams import ModelArguments
+from llamafactory.model import adapter
 from llamafactory.model.model_utils import quantization
-from transformers import PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM, core_model_loading
+from transformers import PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM, conversion_mapping, core_model_loading
 from transformers.integrations import moe
 from transformers.quantizers.base import HfQuantizer
 
 from kt_sft.config import KTConfig
 from kt_sft.integrations import autoload
+from kt_sft.integrations import llamafactory as ours
 
 
 def parameters(function: object) -> list[str]:
@@ -63,15 +67,35 @@ class TestLlamaFactory:
         assert ModelArguments in llamafactory.hparams.parser._INFER_ARGS
         assert "kt_sft" in ModelArguments.__dataclass_fields__
 
-    @pytest.mark.parametrize(
-        "field", ["quantization_bit", "use_kt", "use_unsloth", "train_from_scratch", "infer_backend"]
-    )
+    @pytest.mark.parametrize("field", [*ours._EXCLUDED_MODEL_ARGUMENTS, "infer_backend", "adapter_name_or_path"])
     def test_arguments_that_are_refused_exist(self, field: str) -> None:
+        """A renamed field would no longer be refused, as a missing one counts as not set."""
         assert field in ModelArguments.__dataclass_fields__
 
-    @pytest.mark.parametrize("field", ["finetuning_type", "use_dora", "pissa_init"])
+    @pytest.mark.parametrize("field", ["adapter_folder", "model_revision", "cache_dir", "hf_hub_token"])
+    def test_where_adapters_are_looked_for(self, field: str) -> None:
+        """Adapters must be inspected where LLaMA-Factory is going to take them from."""
+        assert field in ModelArguments.__dataclass_fields__
+        assert f"model_args.{field}" in inspect.getsource(adapter._setup_lora_tuning)
+
+    @pytest.mark.parametrize("field", [*ours._EXCLUDED_FINETUNING_ARGUMENTS, "finetuning_type"])
     def test_ways_of_training_that_are_refused_exist(self, field: str) -> None:
+        """A renamed field would no longer be refused, as a missing one counts as not set."""
         assert field in llamafactory.hparams.FinetuningArguments.__dataclass_fields__
+
+    @pytest.mark.parametrize(
+        "field", ["ref_model_adapters", "reward_model_adapters", "reward_model", "reward_model_type"]
+    )
+    def test_other_models_adapters(self, field: str) -> None:
+        """The adapters of reference and reward models are inspected, too."""
+        assert field in llamafactory.hparams.FinetuningArguments.__dataclass_fields__
+
+    def test_patch_model(self) -> None:
+        """Every loaded model passes here before it gets adapters: the place to see that the quantizer was used."""
+        expected = ["model", "tokenizer", "model_args", "is_trainable", "add_valuehead"]
+        assert parameters(llamafactory.model.patcher.patch_model) == expected
+        assert llamafactory.model.loader.patch_model is llamafactory.model.patcher.patch_model
+        assert hasattr(llamafactory.model.loader.patch_model, "__wrapped__")
 
 
 class TestTransformers:
@@ -108,10 +132,6 @@ class TestTransformers:
         assert parameters(PreTrainedModel.save_pretrained)[:2] == ["self", "save_directory"]
         assert hasattr(PreTrainedModel.save_pretrained, "__wrapped__")
 
-    def test_rename_source_key(self) -> None:
-        expected = ["source_key", "weight_renamings", "weight_converters", "prefix", "meta_state_dict"]
-        assert parameters(core_model_loading.rename_source_key) == expected
-
     def test_the_experts_decorator_marks_instances(self) -> None:
         with torch.device("meta"):
             model = Qwen3MoeForCausalLM(
@@ -121,3 +141,85 @@ class TestTransformers:
         assert (experts.has_gate, experts.has_bias, experts.is_transposed) == (True, False, False)
         assert callable(experts._apply_gate)
         assert parameters(moe.use_experts_implementation)[0] == "experts_class"
+
+
+class TestCoreModelLoading:
+    """The names of transformers.core_model_loading by which kt_sft.loading reads a checkpoint's experts.
+
+    The loader does not run transformers' conversions: it looks at what they are, and reads each expert's matrix from
+    where they would take it. So the names must exist, carry these attributes, and still mean what they meant.
+    """
+
+    def test_rename_source_key(self) -> None:
+        """Gives a checkpoint key's name in the model, and the converter's pattern that took it; also undone to save."""
+        expected = ["source_key", "weight_renamings", "weight_converters", "prefix", "meta_state_dict"]
+        assert parameters(core_model_loading.rename_source_key) == expected
+        renaming = core_model_loading.WeightRenaming("block_sparse_moe", "mlp")
+        converter = core_model_loading.WeightConverter(
+            "mlp.experts.*.w1.weight", "mlp.experts.down_proj", [core_model_loading.MergeModulelist(dim=0)]
+        )
+        renamed = core_model_loading.rename_source_key("block_sparse_moe.experts.3.w1.weight", [renaming], [converter])
+        assert renamed == ("mlp.experts.down_proj", converter.source_patterns[0])
+        assert core_model_loading.rename_source_key("other", [renaming], [converter]) == ("other", None)
+
+    def test_weight_renaming(self) -> None:
+        """Told apart from converters by its class, and reversed to find the names under which experts are saved."""
+        renaming = core_model_loading.WeightRenaming("old", "new")
+        assert not isinstance(renaming, core_model_loading.WeightConverter)
+        back = renaming.reverse_transform()
+        assert isinstance(back, core_model_loading.WeightRenaming)
+        assert core_model_loading.rename_source_key("a.new.b", [back], []) == ("a.old.b", None)
+
+    def test_weight_converter(self) -> None:
+        """Says by its patterns which tensors feed a parameter of experts, in which order, by which operations."""
+        operations = [core_model_loading.MergeModulelist(dim=0), core_model_loading.Concatenate(dim=1)]
+        converter = core_model_loading.WeightConverter(["x.*.gate", "x.*.up"], "x.gate_up", operations)
+        assert converter.source_patterns == ["x.*.gate", "x.*.up"]
+        assert converter.target_patterns == ["x.gate_up"]
+        assert converter.operations == operations
+        assert isinstance(converter.reverse_transform(), core_model_loading.WeightConverter)
+
+    def test_merge_modulelist(self) -> None:
+        """Experts of a list become rows of dimension 0, so expert i is read from the list's tensor i."""
+        merge = core_model_loading.MergeModulelist(dim=0)
+        assert merge.dim == 0
+        experts = [torch.full((2, 3), float(i)) for i in range(4)]
+        (merged,) = merge.convert({"x.*.up": experts}, source_patterns=["x.*.up"], target_patterns=["x.up"]).values()
+        assert torch.equal(merged, torch.stack(experts))
+
+    def test_concatenate(self) -> None:
+        """Gate and up lie one after the other in the order of the patterns, whichever was read first."""
+        concatenate = core_model_loading.Concatenate(dim=1)
+        assert concatenate.dim == 1
+        gate, up = torch.zeros(4, 2, 3), torch.ones(4, 2, 3)
+        patterns = ["x.*.gate", "x.*.up"]
+        (both,) = concatenate.convert({patterns[1]: up, patterns[0]: gate}, patterns, ["x.gate_up"]).values()
+        assert torch.equal(both, torch.cat([gate, up], dim=1))
+
+    def test_transpose(self) -> None:
+        """A stored matrix is read with its strides exchanged; with check_dims only if its shape does not fit."""
+        transpose = core_model_loading.Transpose(1, 2, check_dims=True)
+        assert (transpose.dim0, transpose.dim1, transpose.check_dims) == (1, 2, True)
+        stored = torch.arange(24.0).view(4, 2, 3)
+        always = core_model_loading.Transpose(1, 2)
+        assert always.check_dims is False
+        (turned,) = always.convert({"x": stored}, source_patterns=["x"], target_patterns=["y"]).values()
+        assert torch.equal(turned, stored.transpose(1, 2))
+
+    def test_ernie_fuse_and_split_text_vision_experts(self) -> None:
+        """Ernie's list holds the text experts, then as many vision experts: each target has its equal share."""
+        split = core_model_loading.ErnieFuseAndSplitTextVisionExperts(stack_dim=0, concat_dim=1)
+        gate = [torch.full((2, 3), float(i)) for i in range(4)]
+        up = [torch.full((2, 3), float(10 + i)) for i in range(4)]
+        sources, targets = ["x.*.gate", "x.*.up"], ["x.text", "x.vision"]
+        parts = split.convert(
+            dict(zip(sources, (gate, up), strict=True)), sources, targets, config=SimpleNamespace(moe_num_experts=2)
+        )
+        fused = torch.cat([torch.stack(gate), torch.stack(up)], dim=1)
+        assert torch.equal(parts["x.text"], fused[:2])
+        assert torch.equal(parts["x.vision"], fused[2:])
+
+    def test_get_model_conversion_mapping(self) -> None:
+        """The conversions that transformers itself would apply to a model's checkpoint."""
+        expected = ["model", "key_mapping", "hf_quantizer", "add_legacy"]
+        assert parameters(conversion_mapping.get_model_conversion_mapping) == expected
