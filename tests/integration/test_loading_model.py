@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import copy
 import filecmp
+import functools
 import gc
-import json
-import re
 import shutil
-import threading
 import weakref
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,30 +16,14 @@ import huggingface_hub
 import pytest
 import torch
 import transformers
+from checkpoints import load, rewrite, same_experts, set_matrix, set_value, stores
 from safetensors.torch import load_file, save_file
-from torch import nn
 from transformers import AutoModelForCausalLM
 
-import kt_sft
-from kt_sft.config import ConfigError, KTConfig
-from kt_sft.loading import memory, streaming
-from kt_sft.loading.errors import CheckpointError, NotEnoughMemoryError, UnsupportedModelError
+from kt_sft.config import KTConfig
+from kt_sft.loading.errors import CheckpointError
 
 _VL_EXPERTS = "model.language_model.layers.0.mlp.experts"
-EXPERT = "model.layers.1.mlp.experts.3.{}_proj.weight"
-
-
-def load(folder: Path, **settings: Any) -> nn.Module:
-    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=KTConfig(), **settings)
-
-
-def stores(model: nn.Module) -> list[Any]:
-    return [module.store for module in model.modules() if isinstance(module, kt_sft.CpuExperts)]
-
-
-def same_experts(one: nn.Module, other: nn.Module) -> bool:
-    pairs = zip(stores(one), stores(other), strict=True)
-    return all(torch.equal(a, b) for x, y in pairs for a, b in zip(x.dequantized(), y.dequantized(), strict=True))
 
 
 @pytest.fixture
@@ -54,13 +35,7 @@ def checkpoint(tiny_moe: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def edit(checkpoint: Path) -> Callable[[Callable[[dict[str, torch.Tensor]], None]], None]:
     """Rewrites the checkpoint's tensors."""
-
-    def rewrite(change: Callable[[dict[str, torch.Tensor]], None]) -> None:
-        tensors = load_file(checkpoint / "model.safetensors")
-        change(tensors)
-        save_file({k: v.contiguous() for k, v in tensors.items()}, checkpoint / "model.safetensors", {"format": "pt"})
-
-    return rewrite
+    return functools.partial(rewrite, checkpoint)
 
 
 class TestLayouts:
@@ -150,241 +125,6 @@ class TestLayouts:
         assert all(parameter.requires_grad for parameter in ours.parameters())
 
 
-def _drop(tensors: dict[str, torch.Tensor]) -> None:
-    del tensors[EXPERT.format("up")]
-
-
-def _drop_all_down(tensors: dict[str, torch.Tensor]) -> None:
-    for key in [key for key in tensors if "layers.1.mlp.experts" in key and "down" in key]:
-        del tensors[key]
-
-
-def _set(matrix: str, value: torch.Tensor) -> Callable[[dict[str, torch.Tensor]], None]:
-    return lambda tensors: tensors.update({EXPERT.format(matrix): value})
-
-
-def _with_value(value: float) -> Callable[[dict[str, torch.Tensor]], None]:
-    def change(tensors: dict[str, torch.Tensor]) -> None:
-        tensors[EXPERT.format("gate")][5, 7] = value
-
-    return change
-
-
-def _surplus(tensors: dict[str, torch.Tensor]) -> None:
-    tensors["model.layers.1.mlp.experts.8.up_proj.weight"] = tensors[EXPERT.format("up")].clone()
-
-
-def _both_layouts(tensors: dict[str, torch.Tensor]) -> None:
-    tensors["model.layers.1.mlp.experts.down_proj"] = torch.zeros(8, 32, 24, dtype=torch.bfloat16)
-
-
-def _scale(tensors: dict[str, torch.Tensor]) -> None:
-    tensors[EXPERT.format("up") + "_scale_inv"] = torch.ones(1, 1)
-
-
-def _fused_of_wrong_shape(tensors: dict[str, torch.Tensor]) -> None:
-    _drop_all_down(tensors)
-    tensors["model.layers.1.mlp.experts.down_proj"] = torch.zeros(8, 24, 32, dtype=torch.bfloat16)
-
-
-def _no_router(tensors: dict[str, torch.Tensor]) -> None:
-    del tensors["model.layers.1.mlp.gate.weight"]
-
-
-def _dense_value(value: float) -> Callable[[dict[str, torch.Tensor]], None]:
-    def change(tensors: dict[str, torch.Tensor]) -> None:
-        tensors["model.layers.1.self_attn.o_proj.weight"][3, 4] = value
-
-    return change
-
-
-DAMAGES = {
-    "no router": (_no_router, "no tensor for model.layers.1.mlp.gate.weight, of the block around model.layers.1.mlp"),
-    "dense nan": (_dense_value(float("nan")), "model.layers.1.self_attn.o_proj.weight holds NaN or Inf"),
-    "dense inf": (_dense_value(float("-inf")), "model.layers.1.self_attn.o_proj.weight holds NaN or Inf"),
-    "missing": (_drop, f"the checkpoint lacks {EXPERT.format('up')}"),
-    "all missing": (_drop_all_down, "no tensor for model.layers.1.mlp.experts.down_proj, shape [8, 32, 24]"),
-    "wrong shape": (
-        _set("up", torch.zeros(23, 32).bfloat16()),
-        "a matrix of shape [23, 32], the model expects [24, 32]",
-    ),
-    "transposed": (
-        _set("up", torch.zeros(32, 24).bfloat16()),
-        "a matrix of shape [32, 24], the model expects [24, 32]",
-    ),
-    "no matrix": (_set("up", torch.zeros(24).bfloat16()), "has shape [24], expected a matrix"),
-    "fused, wrong shape": (_fused_of_wrong_shape, "a matrix of shape [24, 32], the model expects [32, 24]"),
-    "float64": (_set("down", torch.zeros(32, 24).double()), "holds F64 values; routed experts are read from BF16, F16"),
-    "float8": (_set("down", torch.zeros(32, 24).to(torch.float8_e4m3fn)), "holds F8_E4M3 values"),
-    "integers": (_set("down", torch.zeros(32, 24).to(torch.int8)), "holds I8 values"),
-    "surplus expert": (_surplus, "is expert 8 of model.layers.1.mlp.experts.gate_up_proj, the model has 8"),
-    "two layouts": (_both_layouts, "in two different layouts"),
-    "scales": (_scale, "is no weight that Qwen3MoeExperts has"),
-    "nan": (_with_value(float("nan")), "gate of expert 3 of model.layers.1.mlp.experts"),
-    "inf": (_with_value(float("-inf")), "gate of expert 3 of model.layers.1.mlp.experts"),
-}
-
-
-class TestDamage:
-    """Every damage to the experts is one error that names the tensor."""
-
-    @pytest.mark.parametrize(("damage", "message"), DAMAGES.values(), ids=DAMAGES)
-    def test_damaged_tensors(
-        self, damage: Callable[..., None], message: str, checkpoint: Path, edit: Callable[..., None]
-    ) -> None:
-        edit(damage)
-        with pytest.raises(CheckpointError) as error:
-            load(checkpoint)
-        assert message in str(error.value)
-
-    def test_the_place_of_a_nan_is_named(self, checkpoint: Path, edit: Callable[..., None]) -> None:
-        edit(_with_value(float("nan")))
-        with pytest.raises(CheckpointError) as error:
-            load(checkpoint)
-        assert f"{checkpoint / 'model.safetensors'}: tensor {EXPERT.format('gate')}" in str(error.value)
-        assert "row 5, column 7" in str(error.value)
-
-    def test_values_too_large_for_the_dtype_asked_for(self, checkpoint: Path, edit: Callable[..., None]) -> None:
-        edit(_dense_value(1e30))
-        load(checkpoint)
-        with pytest.raises(CheckpointError, match=r"too large for the torch\.float16 it is loaded as"):
-            load(checkpoint, dtype=torch.float16)
-
-    def test_a_routers_bias_is_looked_at(self, tmp_path: Path) -> None:
-        from families import FAMILIES, make
-
-        plain = make(FAMILIES["deepseek_v3"][0])
-        name, bias = next((k, v) for k, v in plain.named_buffers() if "e_score_correction_bias" in k)
-        bias[3] = float("nan")
-        plain.save_pretrained(tmp_path)
-        with pytest.raises(CheckpointError, match=f"{re.escape(name)} holds NaN or Inf"):
-            load(tmp_path)
-
-    def test_truncated_file(self, checkpoint: Path) -> None:
-        path = checkpoint / "model.safetensors"
-        path.write_bytes(path.read_bytes()[:-1000])
-        with pytest.raises(CheckpointError, match="truncated or damaged"):
-            load(checkpoint)
-
-    def test_file_cut_off_between_header_and_rows(self, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        # Another process may shorten the file after its header was checked.
-        path = checkpoint / "model.safetensors"
-        real = streaming.stream
-
-        def cut_then_stream(work: Any) -> None:
-            path.write_bytes(path.read_bytes()[:20000])
-            real(work)
-
-        monkeypatch.setattr("kt_sft.loading.quantizer.stream", cut_then_stream)
-        with pytest.raises(CheckpointError, match=r"model\.safetensors: tensor model\.layers"):
-            load(checkpoint)
-
-    def test_missing_shard(self, tiny_moe: Path, tmp_path: Path) -> None:
-        AutoModelForCausalLM.from_pretrained(tiny_moe).save_pretrained(tmp_path, max_shard_size="40KB")
-        shard = sorted(tmp_path.glob("*.safetensors"))[2]
-        shard.unlink()
-        with pytest.raises(
-            CheckpointError, match=f"{shard.name}: the checkpoint names this file, but it does not exist"
-        ):
-            load(tmp_path)
-
-    def test_not_enough_memory_is_said_before_any_is_taken(
-        self, tiny_moe: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(memory, "available_bytes", lambda: 1000)
-        monkeypatch.setattr("kt_sft.loading.quantizer.LayerStore", lambda **_: pytest.fail("a store was allocated"))
-        with pytest.raises(NotEnoughMemoryError, match=r"the experts of 2 layers: .* KiB needed, 1000 bytes available"):
-            load(tiny_moe)
-
-    def test_memory_that_the_system_refuses(self, tiny_moe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        def refuse(**_: Any) -> None:
-            raise MemoryError("std::bad_alloc")
-
-        monkeypatch.setattr("kt_sft.loading.quantizer.LayerStore", refuse)
-        monkeypatch.setattr("kt_sft.loading.quantizer.available_bytes", lambda: 5 << 20)
-        # 8 experts of three BF16 matrices of 24 x 32 take 36 KiB.
-        with pytest.raises(
-            NotEnoughMemoryError,
-            match=r"the experts of model\.layers\.0\.mlp\.experts: 36\.0 KiB needed, 5\.0 MiB available",
-        ):
-            load(tiny_moe)
-
-    def test_what_is_checked_is_what_is_taken(self, tiny_moe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        asked: list[tuple[int, str, int]] = []
-        monkeypatch.setattr("kt_sft.loading.quantizer.shared_store", lambda _: None)
-        monkeypatch.setattr("kt_sft.loading.quantizer.require_bytes", lambda *what: asked.append(what))
-        monkeypatch.setenv("LOCAL_RANK", "1")
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
-        model = load(tiny_moe)
-        dense = sum(parameter.nbytes for parameter in model.parameters())
-        taken = sum(store.nbytes for store in stores(model))
-        assert asked == [(taken + dense, "the experts of 2 layers", 3)]
-
-    @pytest.mark.parametrize(
-        "quantization",
-        [
-            {"quant_method": "fp8", "weight_block_size": [128, 128]},
-            {"quant_method": "mxfp4"},
-            {"quant_method": "gptq", "bits": 4, "group_size": 128},
-            {"quant_method": "awq", "bits": 4},
-        ],
-        ids=lambda quantization: quantization["quant_method"],
-    )
-    def test_quantised_checkpoints_are_named(self, quantization: dict[str, Any], checkpoint: Path) -> None:
-        config = json.loads((checkpoint / "config.json").read_text())
-        (checkpoint / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
-        with pytest.raises(ConfigError, match=rf"the checkpoint is quantised \({quantization['quant_method']}\)"):
-            load(checkpoint)
-
-    def test_unsupported_model(self, tmp_path: Path) -> None:
-        config = transformers.GraniteMoeConfig(
-            hidden_size=32, intermediate_size=16, num_hidden_layers=1, num_attention_heads=4, vocab_size=96
-        )
-        transformers.GraniteMoeForCausalLM(config).save_pretrained(tmp_path)
-        with pytest.raises(UnsupportedModelError, match="GraniteMoeParallelExperts"):
-            load(tmp_path)
-
-    def test_state_dict_instead_of_files(self, tiny_moe: Path) -> None:
-        config = transformers.AutoConfig.from_pretrained(tiny_moe)
-        with pytest.raises(ConfigError, match="a state_dict cannot be given instead"):
-            transformers.Qwen3MoeForCausalLM.from_pretrained(
-                None, config=config, state_dict={}, quantization_config=KTConfig()
-            )
-
-
-class TestInterruption:
-    """Ctrl-C while experts are read."""
-
-    def test_what_is_queued_is_not_read(self, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        readers, total = 2, 2 * 8 * 3  # layers, experts, matrices
-        began: list[object] = []
-        stopping = threading.Event()
-
-        class Pool(ThreadPoolExecutor):
-            """Lets the reads in flight go on only once the pool was told to stop."""
-
-            def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-                super().shutdown(wait=False, cancel_futures=cancel_futures)
-                stopping.set()
-                super().shutdown(wait=True)
-
-        def blocked_read(*_: object) -> None:
-            began.append(None)
-            stopping.wait()
-
-        def interrupt(futures: list[object], **_: object) -> None:
-            assert len(futures) == total
-            raise KeyboardInterrupt
-
-        monkeypatch.setattr(streaming, "_MAX_READERS", readers)
-        monkeypatch.setattr(streaming, "ThreadPoolExecutor", Pool)
-        monkeypatch.setattr(streaming, "_read", blocked_read)
-        monkeypatch.setattr(streaming, "wait", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            load(checkpoint)
-        assert len(began) <= readers
-
-
 class TestSharing:
     """One store per checkpoint and options in a process."""
 
@@ -398,7 +138,7 @@ class TestSharing:
 
     def test_a_changed_checkpoint_does_not(self, checkpoint: Path, edit: Callable[..., None]) -> None:
         first = load(checkpoint)
-        edit(_set("up", torch.full((24, 32), 0.5).bfloat16()))
+        edit(set_matrix("up", torch.full((24, 32), 0.5).bfloat16()))
         second = load(checkpoint)
         assert not same_experts(first, second)
 
@@ -410,7 +150,7 @@ class TestSharing:
     def test_half_filled_stores_are_not_shared(
         self, checkpoint: Path, edit: Callable[..., None], tiny_moe: Path
     ) -> None:
-        edit(_with_value(float("nan")))
+        edit(set_value(float("nan")))
         for _ in range(2):
             with pytest.raises(CheckpointError, match="gate of expert 3"):
                 load(checkpoint)
@@ -461,7 +201,7 @@ class TestSaving:
         self, checkpoint: Path, edit: Callable[..., None], tmp_path: Path
     ) -> None:
         model = load(checkpoint)
-        edit(_set("up", torch.ones(24, 32).bfloat16()))
+        edit(set_matrix("up", torch.ones(24, 32).bfloat16()))
         with pytest.raises(CheckpointError, match="which has changed"):
             model.save_pretrained(tmp_path / "saved")
 
