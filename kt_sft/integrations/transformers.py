@@ -38,7 +38,10 @@ def guard_saving(modeling: ModuleType) -> None:
     def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         check = getattr(getattr(self, "hf_quantizer", None), "check_save_directory", None)
         if check is not None:
-            check(save_directory)
+            given = args[1] if len(args) > 1 else kwargs.get("state_dict")
+            # A model with adapters saves those alone; the Trainer may hand it a state_dict, which does no harm then.
+            only_adapters = getattr(self, "_hf_peft_config_loaded", False)
+            check(save_directory, state_dict=None if only_adapters else given)
         return save(self, save_directory, *args, **kwargs)
 
     save_pretrained.guarded_by_kt_sft = True  # type: ignore[attr-defined]

@@ -233,8 +233,12 @@ class TestSaving:
     def test_a_state_dict_of_ones_own_is_refused(self, tiny_moe: Path, tmp_path: Path) -> None:
         model = load(tiny_moe)
         with pytest.raises(ValueError, match=r"save_pretrained\(state_dict=\.\.\.\) is not supported"):
-            model.hf_quantizer.check_save_directory(tmp_path / "saved", state_dict=model.state_dict())
-        model.hf_quantizer.check_save_directory(tmp_path / "saved", state_dict=None)
+            model.save_pretrained(tmp_path / "saved", state_dict=model.state_dict())
+        with pytest.raises(ValueError, match=r"save_pretrained\(state_dict=\.\.\.\) is not supported"):
+            model.save_pretrained(tmp_path / "saved", True, model.state_dict())
+        assert not (tmp_path / "saved").exists()
+        model.save_pretrained(tmp_path / "saved")
+        assert (tmp_path / "saved" / "model.safetensors").exists()
 
     def test_experts_keep_the_dtype_of_their_checkpoint(
         self, tiny_moe: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
