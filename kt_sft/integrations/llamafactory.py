@@ -199,15 +199,10 @@ def _refuse_failures(failures: list[str]) -> None:
 
 
 def _check_quantizer_was_used(model: Any) -> None:
-    from kt_sft.experts import CpuExperts
-    from kt_sft.loading.quantizer import KTQuantizer
+    """Routed experts that are still the model's own would train on the accelerator, whatever the recipe says."""
+    from kt_sft.loading.layout import find_experts
 
-    # LLaMA-Factory keeps only the thinker of an Omni model; that of Qwen2.5-Omni is dense, and has no trace of us.
-    if getattr(model.config, "model_type", None) == "qwen2_5_omni_thinker":
-        return
-    if isinstance(getattr(model, "hf_quantizer", None), KTQuantizer):
-        return
-    if not any(isinstance(module, CpuExperts) for module in model.modules()):
+    if find_experts(model):
         raise ConfigError(
             f"kt_sft: {type(model).__name__} was loaded without kt_sft although the recipe has a kt_sft block; "
             "LLaMA-Factory or transformers has changed how it loads models, so install the versions kt_sft names"

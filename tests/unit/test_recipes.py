@@ -20,6 +20,7 @@ from llamafactory.hparams.finetuning_args import FinetuningArguments
 from llamafactory.model.model_utils.visual import patch_target_modules
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import save_file
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -198,8 +199,12 @@ def test_llamafactory_accepts_the_training_recipe(path: Path, tmp_path: Path, mo
 
 
 @by_stem(INFERRED)
-def test_llamafactory_accepts_the_inference_recipe(path: Path) -> None:
+def test_llamafactory_accepts_the_inference_recipe(path: Path, tmp_path: Path) -> None:
     recipe = load(path)
+    # The recipe names the output of the one that trains; adapters are looked at before anything is loaded.
+    assert recipe["adapter_name_or_path"] == load(RECIPES / "qwen3_30b_a3b_lora_sft.yaml")["output_dir"]
+    save_file({"base_model.model.q_proj.lora_A.weight": torch.zeros(1, 1)}, tmp_path / "adapter_model.safetensors")
+    recipe["adapter_name_or_path"] = str(tmp_path)
 
     model_args, data_args, _, _ = get_infer_args(dict(recipe))
 
