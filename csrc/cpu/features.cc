@@ -7,6 +7,10 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace kt {
 namespace {
@@ -35,11 +39,29 @@ uint64_t EnabledStates() {
   return (static_cast<uint64_t>(high) << 32) | low;
 }
 
+// AMX has 8 tiles of 16 rows of 64 bytes (palette 1), which is what csrc/tiers/amx_product.inl is laid out for.
+bool HasTilePalette() {
+  const Registers palette = Cpuid(0x1d, 1);
+  const uint32_t row_bytes = palette.ebx & 0xffffu, tiles = palette.ebx >> 16, rows = palette.ecx & 0xffffu;
+  return row_bytes == 64 && tiles == 8 && rows == 16;
+}
+
+// Linux grants the tiles' 8 KB of state to a process that asks for it, for all of its threads. A refusal (an older
+// kernel, or a thread whose alternate signal stack could not hold the state) means that there is no AMX.
+bool MayUseTiles() {
+#if defined(__linux__)
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
 struct Features {
-  bool avx2 = false, avx512 = false, avx512_bf16 = false;
+  bool avx2 = false, avx512 = false, avx512_bf16 = false, amx = false;
 
   Features() {
-    constexpr uint64_t kAvxStates = 0x6, kAvx512States = 0xe6;
+    constexpr uint64_t kAvxStates = 0x6, kAvx512States = 0xe6, kTileStates = 0x60000;
     const uint64_t states = EnabledStates();
     const Registers leaf1 = Cpuid(1, 0), leaf7 = Cpuid(7, 0), leaf7_1 = Cpuid(7, 1);
     const bool fma = Bit(leaf1.ecx, 12), f16c = Bit(leaf1.ecx, 29);
@@ -48,6 +70,8 @@ struct Features {
                vl = Bit(leaf7.ebx, 31);
     avx512 = avx2 && (states & kAvx512States) == kAvx512States && foundation && dq && bw && vl;
     avx512_bf16 = avx512 && Bit(leaf7_1.eax, 5);
+    const bool tile = Bit(leaf7.edx, 24), tile_bf16 = Bit(leaf7.edx, 22), tile_int8 = Bit(leaf7.edx, 25);
+    amx = avx512_bf16 && (states & kTileStates) == kTileStates && tile && tile_bf16 && tile_int8 && HasTilePalette();
   }
 };
 
@@ -75,6 +99,11 @@ bool CpuSupports(Tier tier) {
       return features.avx512;
     case Tier::kAvx512Bf16:
       return features.avx512_bf16;
+    case Tier::kAmx: {
+      // Asked for once, and only where the tier is wanted: the state makes every thread's signal frames larger.
+      static const bool granted = features.amx && MayUseTiles();
+      return granted;
+    }
     default:
       return false;
   }

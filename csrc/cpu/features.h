@@ -16,7 +16,8 @@ const char* TierName(Tier tier);
 // The tier of that name; throws std::invalid_argument for any other name.
 Tier TierFromName(const std::string& name);
 
-// Whether CPUID and XGETBV say that `tier`'s instructions, and the registers they use, are usable here.
+// Whether CPUID and XGETBV say that `tier`'s instructions, and the registers they use, are usable here. For AMX the
+// operating system is asked to grant them as well, once per process: before worker threads start, please.
 bool CpuSupports(Tier tier);
 
 // The CPU's own name, empty where it cannot be read.
