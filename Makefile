@@ -65,7 +65,7 @@ quickstart: $(INSTALLED)  ## From nothing to a tuned model, compared with stock 
 	$(BIN)/python scripts/quickstart.py
 
 bench: $(INSTALLED)  ## Measure the expert engine on this machine
-	$(BIN)/python scripts/bench.py $(BENCH_ARGS)
+	$(BIN)/kt-sft bench $(BENCH_ARGS)
 
 # --- check -----------------------------------------------------------------------------------------------------------
 

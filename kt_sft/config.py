@@ -174,3 +174,8 @@ def local_rank_and_size() -> tuple[int, int]:
             "the rank counted from 0"
         )
     return int(rank), int(size)
+
+
+def openmp_wait_policy() -> str | None:
+    """What `OMP_WAIT_POLICY` asks of torch's OpenMP threads: "active", "passive", or None where it is not set."""
+    return os.environ.get("OMP_WAIT_POLICY", "").strip().lower() or None

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+
+#: Version 1 of control groups writes "no limit" as a number above this.
+_NO_LIMIT = 1 << 60
 
 
 def available_bytes() -> int | None:
@@ -14,6 +18,13 @@ def available_bytes() -> int | None:
         limit for limit in (_host(Path("/proc/meminfo")), _cgroup(Path("/proc/self/cgroup"))) if limit is not None
     ]
     return min(limits, default=None)
+
+
+def limit_bytes(own: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Bytes that the tightest control group above this process allows in all, or None without a limit."""
+    files = [folder / ("memory.limit_in_bytes" if v1 else "memory.max") for folder, v1 in _groups(own, root)]
+    limits = [_number(file) for file in files]
+    return min((limit for limit in limits if limit is not None and limit < _NO_LIMIT), default=None)
 
 
 def _host(meminfo: Path) -> int | None:
@@ -28,21 +39,22 @@ def _host(meminfo: Path) -> int | None:
 
 def _cgroup(own: Path, root: Path = Path("/sys/fs/cgroup")) -> int | None:
     """The tightest remaining allowance of this process's control group and those above it (v1 and v2)."""
+    allowances = [_v1(folder) if v1 else _v2(folder) for folder, v1 in _groups(own, root)]
+    return min((allowance for allowance in allowances if allowance is not None), default=None)
+
+
+def _groups(own: Path, root: Path) -> Iterator[tuple[Path, bool]]:
+    """The folders of this process's control group and those above it, and whether they are of version 1."""
     try:
         lines = own.read_text().splitlines()
     except OSError:
-        return None
-    allowances = []
+        return
     for line in lines:
         _, controllers, path = line.split(":", 2)
         if controllers and "memory" not in controllers.split(","):
             continue
         base = root / "memory" if controllers else root
-        for folder in _upwards(base, path):
-            allowance = _v1(folder) if controllers else _v2(folder)
-            if allowance is not None:
-                allowances.append(allowance)
-    return min(allowances, default=None)
+        yield from ((folder, bool(controllers)) for folder in _upwards(base, path))
 
 
 def _upwards(base: Path, path: str) -> list[Path]:
@@ -59,7 +71,7 @@ def _v2(folder: Path) -> int | None:
 
 def _v1(folder: Path) -> int | None:
     limit, used = _number(folder / "memory.limit_in_bytes"), _number(folder / "memory.usage_in_bytes")
-    if limit is None or used is None or limit >= 1 << 60:  # v1 writes "no limit" as a huge number
+    if limit is None or used is None or limit >= _NO_LIMIT:
         return None
     return max(0, limit - used + _reclaimable(folder, "total_inactive_file"))
 
