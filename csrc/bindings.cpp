@@ -124,14 +124,20 @@ LayerCall MakeCall(const ExpertLayer& layer, int64_t tokens, int64_t slots, cons
 
 void BindLayer(py::module_& m) {
   py::class_<ExpertLayer>(m, "ExpertLayer")
-      .def(py::init(
-               [](int64_t experts, int64_t hidden, int64_t intermediate, const std::string& activation, bool gated) {
-                 return std::make_unique<ExpertLayer>(
-                     LayerShape{experts, hidden, intermediate, ActivationFromName(activation), gated, Format::kBf16});
-               }),
+      .def(py::init([](int64_t experts, int64_t hidden, int64_t intermediate, const std::string& activation, bool gated,
+                       const std::string& format, int64_t group, bool zero_point) {
+             return std::make_unique<ExpertLayer>(LayerShape{experts, hidden, intermediate,
+                                                             ActivationFromName(activation), gated,
+                                                             FormatFromName(format.c_str()), group, zero_point});
+           }),
            py::kw_only(), py::arg("experts"), py::arg("hidden"), py::arg("intermediate"), py::arg("activation"),
-           py::arg("gated"))
+           py::arg("gated"), py::arg("format"), py::arg("group"), py::arg("zero_point"))
       .def_property_readonly("nbytes", &ExpertLayer::bytes)
+      .def_property_readonly("error",
+                             [](const ExpertLayer& layer) {
+                               const QuantisationError error = layer.error();
+                               return py::make_tuple(error.squared_error, error.squared_values);
+                             })
       .def(
           "write",
           [](ExpertLayer& layer, const std::string& matrix, int64_t expert, uintptr_t base, const std::string& dtype,
@@ -237,5 +243,18 @@ PYBIND11_MODULE(_native, m) {
   m.def("available_tiers", &kt::AvailableTiers,
         "Names of the instruction tiers this CPU and this build have, lowest first.");
   m.def("cpu_model", &kt::CpuModel, "The CPU's own name.");
-  m.def("formats", [] { return std::vector<std::string>{"bf16"}; }, "Names of the weight formats this build decodes.");
+  m.def(
+      "formats",
+      [] {
+        std::vector<std::string> names;
+        for (int i = 0; i < kt::kFormatCount; ++i) names.emplace_back(kt::FormatName(static_cast<kt::Format>(i)));
+        return names;
+      },
+      "Names of the weight formats this build decodes.");
+  m.def(
+      "matrix_bytes",
+      [](const std::string& format, int64_t group, bool zero_point, int64_t rows, int64_t columns) {
+        return kt::StorageOf(kt::FormatFromName(format.c_str()), group, zero_point).bytes(rows, columns);
+      },
+      "Bytes that a matrix takes in a format, scales included.");
 }

@@ -19,9 +19,13 @@ QUANT_METHOD = "kt_sft"
 #: Instruction tiers, lowest first. `KT_SFT_ISA` takes one of these and can only lower what the CPU offers.
 TIERS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 
-EXPERT_FORMATS = ("auto", "bf16", "int8", "int4", "nf4", "fp8", "mxfp4")
-#: What this version's engine decodes; the rest of EXPERT_FORMATS is refused with a sentence that says so.
-AVAILABLE_FORMATS = ("bf16",)
+#: What the engine decodes.
+AVAILABLE_FORMATS = ("bf16", "int8", "int4", "nf4", "fp8", "mxfp4")
+EXPERT_FORMATS = ("auto", *AVAILABLE_FORMATS)
+#: The group sizes of formats that have a fixed one; the others take 0 or a power of two from LEAST_GROUP on.
+_FIXED_GROUPS = {"fp8": (0, 128), "mxfp4": (32,)}
+LEAST_GROUP = 32
+MOST_GROUP = 65536
 
 #: Threads of one engine.
 MOST_THREADS = 1024
@@ -104,6 +108,11 @@ class KTConfig(QuantizationConfigMixin):
         """The format weights without one of their own are stored in."""
         return "bf16" if self.expert_format == "auto" else self.expert_format
 
+    @property
+    def storage(self) -> dict[str, Any]:
+        """How weights are stored, as keyword arguments of the engine's stores."""
+        return {"expert_format": self.stored_format, "group_size": self.group_size, "zero_point": self.zero_point}
+
     def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
         value = getattr(self, name)
         if value not in choices:
@@ -124,22 +133,32 @@ class KTConfig(QuantizationConfigMixin):
             raise ConfigError(f"kt_sft: {name} must be at most {most}, got {value}")
 
     def _check_available(self) -> None:
-        if self.stored_format not in AVAILABLE_FORMATS:
-            raise ConfigError(
-                f"kt_sft: expert_format {self.expert_format!r} is not available in this version; "
-                f"use one of auto, {', '.join(AVAILABLE_FORMATS)}"
-            )
         if self.compute != "bf16":
+            raise ConfigError("kt_sft: compute 'int8' is not available in this version; use bf16")
+        if self.zero_point and self.stored_format != "int4":
             raise ConfigError(
-                "kt_sft: compute 'int8' needs int8 or int4 experts, not available in this version; use bf16"
+                f"kt_sft: zero_point applies to expert_format int4 only; leave it out for {self.stored_format} experts"
             )
-        if self.group_size is not None:
-            raise ConfigError("kt_sft: group_size applies to quantised formats only; leave it out for bf16 experts")
-        if self.zero_point:
-            raise ConfigError("kt_sft: zero_point applies to expert_format int4 only; leave it out for bf16 experts")
+        self._check_group()
         if self.lora_experts:
             raise ConfigError(
                 "kt_sft: lora_experts is not available in this version; leave it out to train LoRA on the other layers"
+            )
+
+    def _check_group(self) -> None:
+        group, name = self.group_size, self.stored_format
+        if group is None:
+            return
+        if name == "bf16":
+            raise ConfigError("kt_sft: group_size applies to quantised formats only; leave it out for bf16 experts")
+        if name in _FIXED_GROUPS:
+            if group not in _FIXED_GROUPS[name]:
+                possible = " or ".join(str(size) for size in _FIXED_GROUPS[name])
+                raise ConfigError(f"kt_sft: group_size must be {possible} for {name} experts, got {group}")
+        elif group != 0 and (group < LEAST_GROUP or group > MOST_GROUP or group & (group - 1)):
+            raise ConfigError(
+                f"kt_sft: group_size must be 0 (one scale per row) or a power of two from {LEAST_GROUP} to "
+                f"{MOST_GROUP}, got {group}"
             )
 
 

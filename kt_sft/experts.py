@@ -206,7 +206,7 @@ class CpuExperts(nn.Module):
             gated=gated,
             gate_up_bias=gate_up_bias,
             down_bias=down_bias,
-            expert_format=config.stored_format,
+            **config.storage,
         )
         for expert in range(experts):
             gate_up = gate_up_proj[expert].detach().cpu()

@@ -65,6 +65,13 @@ static inline F16 F16FromFloat(float value) {
   return static_cast<F16>(sign | ((rounded - 0x38000000u) >> 13));
 }
 
+// E4M3: exponent bias 7, no infinity; 0x7f and 0xff are NaN.
+static inline float FloatFromFp8(uint8_t value) {
+  if ((value & 0x7fu) == 0x7fu) return FloatFromBits(0x7fc00000u);
+  // As FP16 the bits, moved up by 7, are the value / 2^8, denormals included.
+  return FloatFromF16(static_cast<F16>((value & 0x80u) << 8 | (value & 0x7fu) << 7)) * 256.0f;
+}
+
 static inline float LoadAsFloat(const void* base, DType type, int64_t index) {
   switch (type) {
     case DType::kF32: {

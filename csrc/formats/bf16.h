@@ -7,8 +7,7 @@
 namespace kt {
 
 struct Bf16Format {
-  static constexpr const char* kName = "bf16";
-  static constexpr int64_t RowBytes(int64_t columns) { return columns * 2; }
+  static constexpr bool kScales = false;
 
   // Where the weight at (row, column) is stored.
   static const uint8_t* Address(const MatrixView& w, int64_t row, int64_t column) {
@@ -24,7 +23,7 @@ struct Bf16Format {
     return nullptr;
   }
 
-  template <class Ops>
+  template <class Ops, bool>
   static void DecodeRow(const MatrixView& w, int64_t row, int64_t column, int64_t count, typename Ops::Element* out) {
     Ops::ElementsFromBf16(Address(w, row, column), count, out);
   }

@@ -290,6 +290,7 @@ MatrixView Storage::view(const uint8_t* base, int64_t rows, int64_t columns) con
   MatrixView view;
   view.rows = base;
   view.row_stride = row_bytes(columns);
+  view.bits = row_bytes(2) * 4;  // of two columns' bytes
   view.group = group == 0 ? std::max<int64_t>(columns, 1) : group;
   view.group_rows = group_rows;
   if (scale_type == ScaleType::kNone) return view;

@@ -15,6 +15,8 @@ namespace {
 constexpr int64_t kPanelRows = 256;
 constexpr int64_t kPanelColumns = 256;
 constexpr int64_t kRowsPerTask = 64;
+// Tiles of tokens between two askings for the weights that come next.
+constexpr int64_t kStripTiles = 2;
 
 }  // namespace
 
@@ -27,7 +29,7 @@ void Pass::BackwardChunk(const Chunk& given) {
   const int64_t inner_values = rows * CeilDiv(shape.intermediate, kPanelColumns);
   const int64_t panel_columns = RoundUp(kPanelColumns, width());
   const int64_t backward_worker = kPanelRows * panel_columns * bytes + Routing::kBlockRows * (panel_columns + 16) * 4;
-  const size_t worker_bytes = std::max(ForwardWorkerBytes(shape), static_cast<size_t>(backward_worker));
+  const size_t worker_bytes = std::max(ForwardWorkerBytes(), static_cast<size_t>(backward_worker));
 
   Panels x = LayOutPanels(chunk.routing, shape.hidden);
   const bool recompute = chunk.retained == nullptr;
@@ -69,32 +71,67 @@ void Pass::PackOutputGrad(const Chunk& chunk, char* grad, int64_t stride) {
   });
 }
 
+// The columns of a matrix that a task multiplies by, all rows of it.
+struct Pass::WeightColumns {
+  MatrixView view;
+  int64_t rows;
+  int64_t column, columns;
+};
+
+void Pass::MultiplyColumns(const WeightColumns& w, const WeightColumns* next, Format format, int64_t a_rows,
+                           const char* a, int64_t a_stride, float* c, int64_t c_stride, bool accumulate,
+                           char* panels) const {
+  const int64_t bytes = kernels_.element_bytes, panel_elements = kPanelRows * width();
+  const int64_t strip = kStripTiles * kernels_.tile_rows;
+  for (int64_t n = 0; n < w.rows; n += kPanelRows) {
+    const int64_t depth = Smaller(kPanelRows, w.rows - n);
+    kernels_.decode_panels[static_cast<int>(format)](w.view, n, static_cast<int>(depth), w.column,
+                                                     static_cast<int>(w.columns), panels, panel_elements);
+    const bool last = n + kPanelRows >= w.rows;
+    const WeightColumns* const then = last ? next : &w;
+    Ahead ahead;
+    if (then != nullptr) {
+      const int64_t row = last ? 0 : n + kPanelRows;
+      ahead = Ahead(then->view, row, Smaller(kPanelRows, then->rows - row), then->column, then->columns,
+                    CeilDiv(w.columns, width()) * CeilDiv(a_rows, strip));
+    }
+    for (int64_t p = 0; p * width() < w.columns; ++p) {
+      for (int64_t r = 0; r < a_rows; r += strip) {
+        ahead.Ask();
+        kernels_.multiply(a + (r * a_stride + n) * bytes, a_stride, Smaller(strip, a_rows - r),
+                          panels + p * panel_elements * bytes, static_cast<int>(width()), depth, RowScales(),
+                          c + r * c_stride + p * width(), c_stride, accumulate || n > 0);
+      }
+    }
+  }
+}
+
 void Pass::DownBackward(const Chunk& chunk, const char* grad, int64_t grad_stride, char* d_pre, float* inner) {
   const LayerShape& shape = chunk.shape;
-  const auto decode = kernels_.decode_panels[static_cast<int>(shape.format)];
   const ActivateBackwardFn activate_backward =
       kernels_.activate_backward[shape.gated][static_cast<int>(shape.activation)];
   const int64_t bytes = kernels_.element_bytes, padded = Padded(shape.intermediate), parts = shape.gated ? 2 : 1;
   const int64_t d_pre_stride = RowStride(parts * padded), pre_columns = chunk.pre_columns();
   const int64_t tasks_per_block = CeilDiv(shape.intermediate, kPanelColumns);
-  const int64_t panel_elements = kPanelRows * width(), u_stride = RoundUp(kPanelColumns, width()) + 16;
+  const int64_t tasks = static_cast<int64_t>(chunk.routing.blocks.size()) * tasks_per_block;
+  const int64_t u_stride = RoundUp(kPanelColumns, width()) + 16;
+  const auto columns_of = [&](int64_t task) {
+    const int64_t expert = chunk.routing.blocks[static_cast<size_t>(task / tasks_per_block)].expert;
+    const int64_t i = task % tasks_per_block * kPanelColumns;
+    return WeightColumns{chunk.call.layer->view(Matrix::kDown, expert), shape.hidden, i,
+                         Smaller(kPanelColumns, shape.intermediate - i)};
+  };
 
-  pool_.Run(static_cast<int64_t>(chunk.routing.blocks.size()) * tasks_per_block, [&](int64_t task, int worker) {
+  pool_.Run(tasks, [&](int64_t task, int worker) {
     const RowBlock& block = chunk.routing.blocks[static_cast<size_t>(task / tasks_per_block)];
-    const MatrixView weights = chunk.call.layer->view(Matrix::kDown, block.expert);
-    const int64_t i = task % tasks_per_block * kPanelColumns, columns = Smaller(kPanelColumns, shape.intermediate - i);
+    const WeightColumns weights = columns_of(task);
+    const int64_t i = weights.column, columns = weights.columns;
+    const bool more = task + pool_.threads() < tasks;  // most likely this worker's next
+    const WeightColumns next = more ? columns_of(task + pool_.threads()) : WeightColumns{};
     float* const u = reinterpret_cast<float*>(Worker(worker));
     char* const panels = reinterpret_cast<char*>(u + Routing::kBlockRows * u_stride);
-
-    for (int64_t h = 0; h < shape.hidden; h += kPanelRows) {
-      const int64_t depth = Smaller(kPanelRows, shape.hidden - h);
-      decode(weights, h, static_cast<int>(depth), i, static_cast<int>(columns), panels, panel_elements);
-      const char* const a = grad + (block.first * grad_stride + h) * bytes;
-      for (int64_t c = 0; c * width() < columns; ++c) {
-        kernels_.multiply(a, grad_stride, block.rows, panels + c * panel_elements * bytes, static_cast<int>(width()),
-                          depth, u + c * width(), u_stride, h > 0);
-      }
-    }
+    MultiplyColumns(weights, more ? &next : nullptr, shape.format, block.rows, grad + block.first * grad_stride * bytes,
+                    grad_stride, u, u_stride, false, panels);
     for (int64_t r = 0; r < block.rows; ++r) {
       const int64_t row = block.first + r;
       const Bf16* const pre = chunk.retained + row * pre_columns + i;
@@ -115,28 +152,27 @@ void Pass::DownBackward(const Chunk& chunk, const char* grad, int64_t grad_strid
 
 void Pass::GateUpBackward(const Chunk& chunk, const char* d_pre, float* out_rows, int64_t out_stride) {
   const LayerShape& shape = chunk.shape;
-  const auto decode = kernels_.decode_panels[static_cast<int>(shape.format)];
   const int64_t bytes = kernels_.element_bytes, padded = Padded(shape.intermediate), parts = shape.gated ? 2 : 1;
   const int64_t d_pre_stride = RowStride(parts * padded);
   const int64_t tasks_per_block = CeilDiv(shape.hidden, kPanelColumns);
-  const int64_t panel_elements = kPanelRows * width();
+  const int64_t tasks = static_cast<int64_t>(chunk.routing.blocks.size()) * tasks_per_block;
+  const auto columns_of = [&](int64_t task, int64_t part) {
+    const int64_t expert = chunk.routing.blocks[static_cast<size_t>(task / tasks_per_block)].expert;
+    const int64_t h = task % tasks_per_block * kPanelColumns;
+    return WeightColumns{chunk.call.layer->view(part + 1 == parts ? Matrix::kUp : Matrix::kGate, expert),
+                         shape.intermediate, h, Smaller(kPanelColumns, shape.hidden - h)};
+  };
 
-  pool_.Run(static_cast<int64_t>(chunk.routing.blocks.size()) * tasks_per_block, [&](int64_t task, int worker) {
+  pool_.Run(tasks, [&](int64_t task, int worker) {
     const RowBlock& block = chunk.routing.blocks[static_cast<size_t>(task / tasks_per_block)];
-    const int64_t h = task % tasks_per_block * kPanelColumns, columns = Smaller(kPanelColumns, shape.hidden - h);
-    char* const panels = Worker(worker);
     for (int64_t part = 0; part < parts; ++part) {
-      const MatrixView weights = chunk.call.layer->view(part + 1 == parts ? Matrix::kUp : Matrix::kGate, block.expert);
-      for (int64_t i = 0; i < shape.intermediate; i += kPanelRows) {
-        const int64_t depth = Smaller(kPanelRows, shape.intermediate - i);
-        decode(weights, i, static_cast<int>(depth), h, static_cast<int>(columns), panels, panel_elements);
-        const char* const a = d_pre + (block.first * d_pre_stride + part * padded + i) * bytes;
-        for (int64_t c = 0; c * width() < columns; ++c) {
-          float* const out = out_rows + block.first * out_stride + h + c * width();
-          kernels_.multiply(a, d_pre_stride, block.rows, panels + c * panel_elements * bytes, static_cast<int>(width()),
-                            depth, out, out_stride, part + i > 0);
-        }
-      }
+      const WeightColumns weights = columns_of(task, part);
+      const int64_t next_task = part + 1 < parts ? task : task + pool_.threads();  // most likely this worker's
+      const bool more = next_task < tasks;
+      const WeightColumns next = more ? columns_of(next_task, (part + 1) % parts) : WeightColumns{};
+      MultiplyColumns(weights, more ? &next : nullptr, shape.format, block.rows,
+                      d_pre + (block.first * d_pre_stride + part * padded) * bytes, d_pre_stride,
+                      out_rows + block.first * out_stride + weights.column, out_stride, part > 0, Worker(worker));
     }
   });
 }

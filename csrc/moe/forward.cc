@@ -17,16 +17,10 @@ void AddBias(const float* bias, int tokens, int rows, float* c, int64_t stride) 
 
 }  // namespace
 
-size_t Pass::ForwardWorkerBytes(const LayerShape& shape) const {
-  const int64_t depth = std::max(shape.hidden, shape.intermediate);
-  const int64_t row_bytes = RowStride(depth) * kernels_.element_bytes + width() * static_cast<int64_t>(sizeof(float));
-  return static_cast<size_t>(2 * kTilesPerTask * kernels_.tile_rows * row_bytes);
-}
-
 void Pass::ForwardChunk(const Chunk& chunk) {
   Panels x = LayOutPanels(chunk.routing, chunk.shape.hidden);
   Panels act = LayOutPanels(chunk.routing, chunk.shape.intermediate);
-  const size_t worker_bytes = ForwardWorkerBytes(chunk.shape);
+  const size_t worker_bytes = ForwardWorkerBytes();
   // The rows to combine take the place of the hidden panels, which nobody needs any more by then.
   const size_t shared_bytes = static_cast<size_t>(std::max(x.bytes(), chunk.routing.rows() * chunk.shape.hidden * 4));
   arena_.Reset(Arena::Measure(shared_bytes) + Arena::Measure(static_cast<size_t>(act.bytes())) +
@@ -45,35 +39,36 @@ void Pass::ForwardChunk(const Chunk& chunk) {
 void Pass::GateUp(const Chunk& chunk, const Panels& x, const Panels* act) {
   const ExpertLayer& layer = *chunk.call.layer;
   const LayerShape& shape = chunk.shape;
-  const auto decode = kernels_.decode_rows[static_cast<int>(shape.format)];
   const ActivateFn activate = kernels_.activate[shape.gated][static_cast<int>(shape.activation)];
-  const int64_t task_rows = kTilesPerTask * kernels_.tile_rows;
-  const int64_t stride = RowStride(shape.hidden), pre_columns = chunk.pre_columns();
-  const int64_t tasks_per_block = CeilDiv(shape.intermediate, task_rows);
+  const int64_t pre_columns = chunk.pre_columns(), tasks_per_block = CeilDiv(shape.intermediate, task_rows());
+  const int64_t tasks = static_cast<int64_t>(chunk.routing.blocks.size()) * tasks_per_block;
+  const auto rows_of = [&](int64_t task, WeightRows* up, WeightRows* gate) {
+    const int64_t expert = chunk.routing.blocks[static_cast<size_t>(task / tasks_per_block)].expert;
+    const int64_t i = task % tasks_per_block * task_rows();
+    const int rows = static_cast<int>(Smaller(task_rows(), shape.intermediate - i));
+    const auto at = [&](Matrix matrix, const float* bias) {
+      return WeightRows{layer.view(matrix, expert), i, rows, shape.hidden, bias == nullptr ? nullptr : bias + i};
+    };
+    *up = at(Matrix::kUp, layer.up_bias(expert));
+    if (shape.gated) *gate = at(Matrix::kGate, layer.gate_bias(expert));
+  };
 
-  pool_.Run(static_cast<int64_t>(chunk.routing.blocks.size()) * tasks_per_block, [&](int64_t task, int worker) {
+  pool_.Run(tasks, [&](int64_t task, int worker) {
     const size_t b = static_cast<size_t>(task / tasks_per_block);
     const RowBlock& block = chunk.routing.blocks[b];
-    const int64_t i = task % tasks_per_block * task_rows;
-    const int rows = static_cast<int>(Smaller(task_rows, shape.intermediate - i));
-    float* const up = reinterpret_cast<float*>(Worker(worker));
-    if (Few(block)) return GateUpFew(chunk, x, act, b, i, rows, up);
-    float* const gate = shape.gated ? up + task_rows * width() : nullptr;
-    char* const a_up = reinterpret_cast<char*>(up + 2 * task_rows * width());
-    char* const a_gate = a_up + task_rows * stride * kernels_.element_bytes;
-    const float* const up_bias = layer.up_bias(block.expert);
-    const float* const gate_bias = layer.gate_bias(block.expert);
-
-    decode(layer.view(Matrix::kUp, block.expert), i, rows, shape.hidden, a_up, stride);
-    if (shape.gated) decode(layer.view(Matrix::kGate, block.expert), i, rows, shape.hidden, a_gate, stride);
+    WeightRows weights[2], next[2];
+    rows_of(task, &weights[0], &weights[1]);
+    const int64_t i = weights[0].row;
+    const int rows = weights[0].rows;
+    char* const scratch = Worker(worker);
+    if (Few(block)) return GateUpFew(chunk, x, act, b, i, rows, reinterpret_cast<float*>(scratch));
+    const bool more = task + pool_.threads() < tasks;  // most likely this worker's next
+    if (more) rows_of(task + pool_.threads(), &next[0], &next[1]);
+    MultiplyRows(weights, shape.gated ? 2 : 1, more ? next : nullptr, shape.format, x, chunk, b, scratch);
     for (int64_t g = 0; g * width() < block.rows; ++g) {
       const Group group = GroupOf(block, g);
-      const char* const panel = x.Panel(b, group.first);
-      Product(a_up, stride, rows, panel, group.width, shape.hidden, up_bias == nullptr ? nullptr : up_bias + i, up);
-      if (shape.gated) {
-        const float* const bias = gate_bias == nullptr ? nullptr : gate_bias + i;
-        Product(a_gate, stride, rows, panel, group.width, shape.hidden, bias, gate);
-      }
+      const float* const up = ProductTile(scratch, 0, group.first);
+      const float* const gate = shape.gated ? ProductTile(scratch, 1, group.first) : nullptr;
       if (act != nullptr) {
         activate(gate, up, rows, group.width, act->Panel(b, group.first) + i * group.width * kernels_.element_bytes);
       }
@@ -119,36 +114,35 @@ void Pass::GateUpFew(const Chunk& chunk, const Panels& x, const Panels* act, siz
 void Pass::Down(const Chunk& chunk, const Panels& act, float* out_rows) {
   const ExpertLayer& layer = *chunk.call.layer;
   const LayerShape& shape = chunk.shape;
-  const auto decode = kernels_.decode_rows[static_cast<int>(shape.format)];
-  const int64_t task_rows = kTilesPerTask * kernels_.tile_rows;
-  const int64_t stride = RowStride(shape.intermediate);
-  const int64_t tasks_per_block = CeilDiv(shape.hidden, task_rows);
+  const int64_t tasks_per_block = CeilDiv(shape.hidden, task_rows());
+  const int64_t tasks = static_cast<int64_t>(chunk.routing.blocks.size()) * tasks_per_block;
+  const auto rows_of = [&](int64_t task) {
+    const int64_t expert = chunk.routing.blocks[static_cast<size_t>(task / tasks_per_block)].expert;
+    const int64_t h = task % tasks_per_block * task_rows();
+    const float* const bias = layer.down_bias(expert);
+    return WeightRows{layer.view(Matrix::kDown, expert), h, static_cast<int>(Smaller(task_rows(), shape.hidden - h)),
+                      shape.intermediate, bias == nullptr ? nullptr : bias + h};
+  };
 
-  pool_.Run(static_cast<int64_t>(chunk.routing.blocks.size()) * tasks_per_block, [&](int64_t task, int worker) {
+  pool_.Run(tasks, [&](int64_t task, int worker) {
     const size_t b = static_cast<size_t>(task / tasks_per_block);
     const RowBlock& block = chunk.routing.blocks[b];
-    const int64_t h = task % tasks_per_block * task_rows;
-    const int rows = static_cast<int>(Smaller(task_rows, shape.hidden - h));
-    float* const c = reinterpret_cast<float*>(Worker(worker));
-    char* const a = reinterpret_cast<char*>(c + task_rows * width());
-    const float* const bias = layer.down_bias(block.expert);
+    const WeightRows weights = rows_of(task);
+    float* const block_out = out_rows + block.first * shape.hidden + weights.row;
     if (Few(block)) {
       const int tokens = static_cast<int>(block.rows);
-      float* const out = out_rows + block.first * shape.hidden + h;
-      kernels_.dot_rows[static_cast<int>(shape.format)](layer.view(Matrix::kDown, block.expert), h, rows,
-                                                        shape.intermediate, act.Row(b, 0), act.row_stride, tokens, out,
-                                                        shape.hidden);
-      if (bias != nullptr) AddBias(bias + h, tokens, rows, out, shape.hidden);
+      kernels_.dot_rows[static_cast<int>(shape.format)](weights.view, weights.row, weights.rows, shape.intermediate,
+                                                        act.Row(b, 0), act.row_stride, tokens, block_out, shape.hidden);
+      if (weights.bias != nullptr) AddBias(weights.bias, tokens, weights.rows, block_out, shape.hidden);
       return;
     }
-
-    decode(layer.view(Matrix::kDown, block.expert), h, rows, shape.intermediate, a, stride);
+    const bool more = task + pool_.threads() < tasks;  // most likely this worker's next
+    const WeightRows next = more ? rows_of(task + pool_.threads()) : WeightRows{};
+    MultiplyRows(&weights, 1, more ? &next : nullptr, shape.format, act, chunk, b, Worker(worker));
     for (int64_t g = 0; g * width() < block.rows; ++g) {
       const Group group = GroupOf(block, g);
-      Product(a, stride, rows, act.Panel(b, group.first), group.width, shape.intermediate,
-              bias == nullptr ? nullptr : bias + h, c);
-      float* const out = out_rows + (block.first + group.first) * shape.hidden + h;
-      kernels_.transpose_to_float(c, group.width, rows, group.rows, out, shape.hidden);
+      kernels_.transpose_to_float(ProductTile(Worker(worker), 0, group.first), group.width, weights.rows, group.rows,
+                                  block_out + group.first * shape.hidden, shape.hidden);
     }
   });
 }

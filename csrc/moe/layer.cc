@@ -10,8 +10,6 @@
 #include <new>
 #include <stdexcept>
 
-#include "formats/bf16.h"
-
 namespace kt {
 namespace {
 
@@ -38,21 +36,18 @@ void ReadExactly(const FileDescriptor& file, const std::string& path, int64_t of
   }
 }
 
-// One row of BF16 values from anything; throws where a value is not finite, before or after rounding.
-void StoreBf16Row(const SourceMatrix& source, int64_t row, int64_t columns, uint8_t* out) {
-  bool finite = true;
+// One row as FP32; throws where a value is not finite, or would not be as BF16.
+void LoadFiniteRow(const SourceMatrix& source, int64_t first_row, int64_t row, int64_t columns, float* out) {
+  uint32_t bad = 0;
   for (int64_t c = 0; c < columns; ++c) {
-    const int64_t at = row * source.row_stride + c * source.column_stride;
-    const Bf16 value = Bf16FromFloat(LoadAsFloat(source.base, source.type, at));
-    finite &= (value & 0x7f80u) != 0x7f80u;
-    std::memcpy(out + c * 2, &value, 2);
+    out[c] = LoadAsFloat(source.base, source.type, row * source.row_stride + c * source.column_stride);
+    bad |= static_cast<uint32_t>((Bf16FromFloat(out[c]) & 0x7f80u) == 0x7f80u);
   }
-  if (finite) return;
+  if (bad == 0) return;
   for (int64_t c = 0; c < columns; ++c) {
-    const float value = LoadAsFloat(source.base, source.type, row * source.row_stride + c * source.column_stride);
-    if (std::isfinite(FloatFromBf16(Bf16FromFloat(value)))) continue;
-    throw std::invalid_argument("row " + std::to_string(row) + ", column " + std::to_string(c) + " is " +
-                                std::to_string(value));
+    if (std::isfinite(FloatFromBf16(Bf16FromFloat(out[c])))) continue;
+    throw std::invalid_argument("row " + std::to_string(first_row + row) + ", column " + std::to_string(c) + " is " +
+                                std::to_string(out[c]));
   }
 }
 
@@ -69,7 +64,8 @@ bool AllFinite(const uint8_t* values, int64_t count) {
 
 }  // namespace
 
-ExpertLayer::ExpertLayer(const LayerShape& shape) : shape_(shape) {
+ExpertLayer::ExpertLayer(const LayerShape& shape)
+    : shape_(shape), storage_(StorageOf(shape.format, shape.group, shape.zero_point)) {
   constexpr int64_t kLargest = int64_t{1} << 24;
   for (const int64_t size : {shape.experts, shape.hidden, shape.intermediate}) {
     if (size < 1 || size > kLargest)
@@ -78,10 +74,10 @@ ExpertLayer::ExpertLayer(const LayerShape& shape) : shape_(shape) {
   }
   if (!shape.gated && shape.activation == Activation::kSwigluOai)
     throw std::invalid_argument("activation swiglu_oai needs a gate");
-  const int matrices = shape.gated ? 3 : 2;
-  // Below 2^62 bytes, so that no product of sizes overflows.
-  if (shape.experts > (int64_t{1} << 59) / (shape.hidden * shape.intermediate)) throw std::bad_alloc();
-  block_ = Block(static_cast<size_t>(matrices * shape.experts * shape.hidden * shape.intermediate) * 2);
+  // Below 2^62 bytes, so that no product of sizes overflows: a weight and its share of scales take less than 8 bytes.
+  if (shape.experts > (int64_t{1} << 57) / (shape.hidden * shape.intermediate)) throw std::bad_alloc();
+  const int64_t expert_bytes = (shape.gated ? 2 : 1) * MatrixBytes(Matrix::kUp) + MatrixBytes(Matrix::kDown);
+  block_ = Block(static_cast<size_t>(shape.experts * expert_bytes));
   written_ = std::make_unique<std::atomic<uint8_t>[]>(static_cast<size_t>(kMatrixCount * shape.experts));
 }
 
@@ -94,30 +90,55 @@ size_t ExpertLayer::Index(Matrix matrix, int64_t expert) const {
   return static_cast<size_t>(expert * kMatrixCount + static_cast<int>(matrix));
 }
 
-uint8_t* ExpertLayer::Rows(Matrix matrix, int64_t expert) const {
-  const size_t index = Index(matrix, expert);
+int64_t ExpertLayer::MatrixBytes(Matrix matrix) const {
+  return RoundUp(storage_.bytes(rows(matrix), columns(matrix)), 64);
+}
+
+uint8_t* ExpertLayer::Base(Matrix matrix, int64_t expert) const {
+  Index(matrix, expert);  // checks
   // An expert's matrices stand one after the other, as they are used together.
-  const int64_t matrices = shape_.gated ? 3 : 2, bytes = shape_.hidden * shape_.intermediate * 2;
-  const int64_t place = static_cast<int64_t>(index % kMatrixCount) - (shape_.gated ? 0 : 1);
-  return block_.data() + (expert * matrices + place) * bytes;
+  const int64_t first = MatrixBytes(Matrix::kUp), gates = shape_.gated ? 1 : 0;
+  const int64_t expert_bytes = (gates + 1) * first + MatrixBytes(Matrix::kDown);
+  const int64_t before = matrix == Matrix::kGate ? 0 : matrix == Matrix::kUp ? gates : gates + 1;
+  return block_.data() + expert * expert_bytes + before * first;
 }
 
 MatrixView ExpertLayer::view(Matrix matrix, int64_t expert) const {
-  return {Rows(matrix, expert), Bf16Format::RowBytes(columns(matrix))};
+  return storage_.view(Base(matrix, expert), rows(matrix), columns(matrix));
+}
+
+QuantisationError ExpertLayer::error() const {
+  const std::lock_guard<std::mutex> lock(error_mutex_);
+  return error_;
+}
+
+void ExpertLayer::StoreRows(Matrix matrix, int64_t expert, int64_t row, int64_t count, const SourceMatrix& source) {
+  const int64_t width = columns(matrix), band = storage_.group_rows;
+  uint8_t* const base = Base(matrix, expert);
+  const bool copies = storage_.format == Format::kBf16 && source.type == DType::kBf16 && source.column_stride == 1;
+  std::vector<float> values(copies ? 0 : static_cast<size_t>(band * width));
+  QuantisationError error;
+  for (int64_t r = 0; r < count; r += band) {
+    const int64_t some = std::min(band, count - r);
+    if (copies) {
+      const uint8_t* const from = static_cast<const uint8_t*>(source.base) + r * source.row_stride * 2;
+      uint8_t* const to = base + (row + r) * storage_.row_bytes(width);
+      std::memmove(to, from, static_cast<size_t>(width) * 2);
+      if (AllFinite(to, width)) continue;
+      values.resize(static_cast<size_t>(width));  // to name the place
+    }
+    for (int64_t i = 0; i < some; ++i) LoadFiniteRow(source, row, r + i, width, values.data() + i * width);
+    const QuantisationError more = Quantise(storage_, values.data(), row + r, some, rows(matrix), width, base);
+    error.squared_error += more.squared_error;
+    error.squared_values += more.squared_values;
+  }
+  const std::lock_guard<std::mutex> lock(error_mutex_);
+  error_.squared_error += error.squared_error;
+  error_.squared_values += error.squared_values;
 }
 
 void ExpertLayer::Write(Matrix matrix, int64_t expert, const SourceMatrix& source) {
-  uint8_t* const out = Rows(matrix, expert);
-  const int64_t width = columns(matrix), row_bytes = Bf16Format::RowBytes(width);
-  for (int64_t r = 0; r < rows(matrix); ++r) {
-    uint8_t* const row = out + r * row_bytes;
-    if (source.type == DType::kBf16 && source.column_stride == 1) {
-      std::memmove(row, static_cast<const uint8_t*>(source.base) + r * source.row_stride * 2,
-                   static_cast<size_t>(row_bytes));
-      if (AllFinite(row, width)) continue;
-    }
-    StoreBf16Row(source, r, width, row);
-  }
+  StoreRows(matrix, expert, 0, rows(matrix), source);
   MarkWritten(matrix, expert);
 }
 
@@ -125,27 +146,25 @@ void ExpertLayer::ReadFile(Matrix matrix, int64_t expert, const std::string& pat
                            const SourceMatrix& layout) {
   const FileDescriptor file(path);
   const int64_t height = rows(matrix), width = columns(matrix), item = DTypeBytes(layout.type);
-  uint8_t* const out = Rows(matrix, expert);
-  if (layout.type == DType::kBf16 && layout.column_stride == 1 && layout.row_stride == width) {
+  if (storage_.format == Format::kBf16 && layout.type == DType::kBf16 && layout.column_stride == 1 &&
+      layout.row_stride == width) {
+    uint8_t* const out = Base(matrix, expert);
     ReadExactly(file, path, offset, out, height * width * 2);
     if (!AllFinite(out, height * width))
       return Write(matrix, expert, {out, DType::kBf16, width, 1});  // names the place
     return MarkWritten(matrix, expert);
   }
   if (layout.column_stride <= layout.row_stride) {
-    // Rows follow one another: read a few of them at a time.
-    const int64_t span = (width - 1) * layout.column_stride + 1;
-    const int64_t rows_at_once = std::max<int64_t>(1, (int64_t{4} << 20) / (layout.row_stride * item));
+    // Rows follow one another: read a few of them at a time, and all that share scales at once.
+    const int64_t span = (width - 1) * layout.column_stride + 1, band = storage_.group_rows;
+    const int64_t rows_at_once = std::max(band, (int64_t{4} << 20) / (layout.row_stride * item) / band * band);
     std::vector<uint8_t> buffer;
     for (int64_t r = 0; r < height; r += rows_at_once) {
       const int64_t count = std::min(rows_at_once, height - r);
       buffer.resize(static_cast<size_t>(((count - 1) * layout.row_stride + span) * item));
       ReadExactly(file, path, offset + r * layout.row_stride * item, buffer.data(),
                   static_cast<int64_t>(buffer.size()));
-      for (int64_t i = 0; i < count; ++i) {
-        const SourceMatrix source{buffer.data(), layout.type, layout.row_stride, layout.column_stride};
-        StoreBf16Row(source, i, width, out + (r + i) * width * 2);
-      }
+      StoreRows(matrix, expert, r, count, {buffer.data(), layout.type, layout.row_stride, layout.column_stride});
     }
     return MarkWritten(matrix, expert);
   }
@@ -157,8 +176,9 @@ void ExpertLayer::ReadFile(Matrix matrix, int64_t expert, const std::string& pat
 }
 
 void ExpertLayer::Dequantize(Matrix matrix, int64_t expert, float* values) const {
-  const uint8_t* const source = Rows(matrix, expert);
-  for (int64_t i = 0; i < rows(matrix) * columns(matrix); ++i) values[i] = LoadAsFloat(source, DType::kBf16, i);
+  const MatrixView stored = view(matrix, expert);
+  const int64_t width = columns(matrix);
+  for (int64_t r = 0; r < rows(matrix); ++r) DequantiseRow(shape_.format, stored, r, width, values + r * width);
 }
 
 void ExpertLayer::SetBiases(std::vector<float> gate_up, std::vector<float> down) {

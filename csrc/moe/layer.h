@@ -4,11 +4,13 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <vector>
 
 #include "cpu/memory.h"
 #include "formats/format.h"
+#include "formats/quantise.h"
 #include "tiers/tier.h"
 
 namespace kt {
@@ -23,6 +25,8 @@ struct LayerShape {
   Activation activation = Activation::kSilu;
   bool gated = true;
   Format format = Format::kBf16;
+  int64_t group = -1;       // columns that share a scale; -1: the format's own; 0: whole rows
+  bool zero_point = false;  // int4 only
 };
 
 // Where a matrix to be stored comes from: element (r, c) is at `base` + (r * row_stride + c * column_stride) elements.
@@ -44,6 +48,9 @@ class ExpertLayer {
   int64_t columns(Matrix matrix) const { return matrix == Matrix::kDown ? shape_.intermediate : shape_.hidden; }
 
   MatrixView view(Matrix matrix, int64_t expert) const;
+
+  // What storing the matrices so far did to them.
+  QuantisationError error() const;
 
   // Stores one matrix, rounding to the format. Throws std::invalid_argument naming the place where the source is not
   // finite. Thread-safe for different matrices.
@@ -68,13 +75,21 @@ class ExpertLayer {
 
  private:
   size_t Index(Matrix matrix, int64_t expert) const;
-  uint8_t* Rows(Matrix matrix, int64_t expert) const;
+  // Where a matrix is stored.
+  uint8_t* Base(Matrix matrix, int64_t expert) const;
+  // Stores rows [row, row + count); `source` holds them alone.
+  void StoreRows(Matrix matrix, int64_t expert, int64_t row, int64_t count, const SourceMatrix& source);
+  // Bytes that a matrix takes, the last cache line in full.
+  int64_t MatrixBytes(Matrix matrix) const;
   void MarkWritten(Matrix matrix, int64_t expert) {
     written_[Index(matrix, expert)].store(1, std::memory_order_release);
   }
 
   const LayerShape shape_;
+  const Storage storage_;
   Block block_;
+  mutable std::mutex error_mutex_;
+  QuantisationError error_;
   std::unique_ptr<std::atomic<uint8_t>[]> written_;
   std::vector<float> gate_up_bias_, down_bias_;
 };

@@ -59,16 +59,61 @@ Pass::Group Pass::GroupOf(const RowBlock& block, int64_t index) const {
   return {first, static_cast<int>(rows), static_cast<int>(RoundUp(rows, kernels_.lanes))};
 }
 
-void Pass::Product(const char* a, int64_t a_stride, int rows, const char* panel, int panel_width, int64_t depth,
-                   const float* bias, float* c) const {
-  if (bias != nullptr) {
-    for (int r = 0; r < rows; ++r) std::fill_n(c + r * panel_width, panel_width, bias[r]);
+size_t Pass::ForwardWorkerBytes() const {
+  const int64_t products = 2 * Routing::kBlockRows, scales = CeilDiv(depth_step(), kLeastGroup);
+  return static_cast<size_t>(task_rows() * ((products + scales) * static_cast<int64_t>(sizeof(float)) +
+                                            RowStride(depth_step()) * kernels_.element_bytes));
+}
+
+void Pass::MultiplyRows(const WeightRows* matrices, int count, const WeightRows* next, Format format,
+                        const Panels& panels, const Chunk& chunk, size_t b, char* scratch) const {
+  const RowBlock& block = chunk.routing.blocks[b];
+  const int64_t groups = CeilDiv(block.rows, width()), step = depth_step(), stride = RowStride(step);
+  const int64_t bytes = kernels_.element_bytes, scale_stride = CeilDiv(step, kLeastGroup);
+  float* const scales = ProductTile(scratch, 2, 0);
+  char* const decoded = reinterpret_cast<char*>(scales + task_rows() * scale_stride);
+  for (int m = 0; m < count; ++m) {
+    if (matrices[m].bias == nullptr) continue;
+    for (int64_t g = 0; g < groups; ++g) {
+      const Group group = GroupOf(block, g);
+      float* const c = ProductTile(scratch, m, group.first);
+      for (int r = 0; r < matrices[m].rows; ++r) std::fill_n(c + r * group.width, group.width, matrices[m].bias[r]);
+    }
   }
-  const int64_t step = kPanelChunkBytes / (width() * kernels_.element_bytes);
-  for (int64_t d = 0; d < depth; d += step) {
-    const int64_t bytes = d * kernels_.element_bytes;
-    kernels_.multiply(a + bytes, a_stride, rows, panel + bytes * panel_width, panel_width, Smaller(step, depth - d), c,
-                      panel_width, bias != nullptr || d > 0);
+  const int64_t columns = matrices[0].columns;
+  for (int64_t d = 0; d < columns; d += step) {
+    const int64_t depth = Smaller(step, columns - d);
+    for (int m = 0; m < count; ++m) {
+      const WeightRows& w = matrices[m];
+      kernels_.decode_rows[static_cast<int>(format)](w.view, w.row, w.rows, d, depth, decoded, stride);
+      RowScales of_rows;
+      if (kernels_.scale_products && w.view.scale_type != ScaleType::kNone) {
+        const int64_t first = d / w.view.group, last = (d + depth - 1) / w.view.group;
+        for (int r = 0; r < w.rows; ++r) {
+          LoadScales(w.view, w.row + r, first, last - first + 1, scales + r * scale_stride);
+        }
+        of_rows = {scales, scale_stride, w.view.group};
+      }
+      const WeightRows* const then = m + 1 < count ? &matrices[m + 1] : d + step < columns ? matrices : next;
+      const int64_t then_d = m + 1 < count ? d : d + step < columns ? d + step : 0;
+      Ahead ahead;
+      if (then != nullptr) {
+        ahead = Ahead(then->view, then->row, then->rows, then_d, Smaller(step, columns - then_d),
+                      groups * CeilDiv(w.rows, kernels_.tile_rows));
+      }
+      for (int64_t g = 0; g < groups; ++g) {
+        const Group group = GroupOf(block, g);
+        float* const c = ProductTile(scratch, m, group.first);
+        const char* const panel = panels.Panel(b, group.first) + d * group.width * bytes;
+        for (int64_t r = 0; r < w.rows; r += kernels_.tile_rows) {
+          ahead.Ask();
+          RowScales of_tile = of_rows;
+          if (of_tile.values != nullptr) of_tile.values += r * scale_stride;
+          kernels_.multiply(decoded + r * stride * bytes, stride, Smaller(kernels_.tile_rows, w.rows - r), panel,
+                            group.width, depth, of_tile, c + r * group.width, group.width, w.bias != nullptr || d > 0);
+        }
+      }
+    }
   }
 }
 

@@ -46,7 +46,10 @@ class Pass {
  private:
   struct Chunk;
   struct Panels;
+  struct WeightRows;
+  struct WeightColumns;
   struct Group;
+  class Ahead;
 
   template <class Function>
   void ForEachChunk(const LayerCall& call, const Function& function);
@@ -67,20 +70,31 @@ class Pass {
 
   Panels LayOutPanels(const Routing& routing, int64_t depth) const;
   Group GroupOf(const RowBlock& block, int64_t index) const;
-  // C = A * panel, plus a bias per row of C if there is one.
-  void Product(const char* a, int64_t a_stride, int rows, const char* panel, int panel_width, int64_t depth,
-               const float* bias, float* c) const;
+  // Products of weight rows with all tokens of a block: matrix m's with the group whose first row is r are the FP32
+  // tile [rows][group width] at ProductTile(c, m, r). `next` (one for each matrix, or null) is what will be multiplied
+  // then.
+  void MultiplyRows(const WeightRows* matrices, int count, const WeightRows* next, Format format, const Panels& panels,
+                    const Chunk& chunk, size_t block, char* scratch) const;
+  float* ProductTile(char* scratch, int matrix, int64_t row) const {
+    return reinterpret_cast<float*>(scratch) + (matrix * Routing::kBlockRows + row) * task_rows();
+  }
+
+  // c (+)= a * weights, for `a_rows` rows of tokens; `next` is what will be multiplied by then, or null.
+  void MultiplyColumns(const WeightColumns& w, const WeightColumns* next, Format format, int64_t a_rows, const char* a,
+                       int64_t a_stride, float* c, int64_t c_stride, bool accumulate, char* panels) const;
 
   // A forward task decodes this many tiles of weight rows, for all tokens of its block. In rows that is a multiple of
   // every tier's vector length, so that transposed results are stored in whole vectors.
   static constexpr int64_t kTilesPerTask = 4;
+  int64_t task_rows() const { return kTilesPerTask * kernels_.tile_rows; }
   // Blocks of few rows are multiplied along the depth, straight from the stored rows: the vectors of their panels would
   // be less than three quarters full.
   bool Few(const RowBlock& block) const { return 4 * block.rows <= 3 * kernels_.lanes; }
 
-  // Products are cut along the depth so that what one panel contributes stays in L1 while it meets all rows of a task.
+  // Products are cut along the depth so that a task's decoded rows and what one panel contributes both stay in L1.
   static constexpr int64_t kPanelChunkBytes = 16384;
-  size_t ForwardWorkerBytes(const LayerShape& shape) const;
+  int64_t depth_step() const { return kPanelChunkBytes / (width() * kernels_.element_bytes); }
+  size_t ForwardWorkerBytes() const;
 
   // Every worker has one piece of the arena of its own.
   size_t MeasureWorkers(size_t bytes) const { return pool_.threads() * Arena::Measure(bytes); }

@@ -40,6 +40,42 @@ struct Pass::Panels {
   char* Row(size_t block, int64_t row) const { return data + (first[block] + row * row_stride) * element_bytes; }
 };
 
+// Weight rows that meet the tokens of one block.
+struct Pass::WeightRows {
+  MatrixView view;
+  int64_t row;
+  int rows;
+  int64_t columns;
+  const float* bias;  // of these rows, null if there is none
+};
+
+// Asks for a piece of a matrix's stored rows, a few cache lines at a time, while something else is computed.
+class Pass::Ahead {
+ public:
+  Ahead() = default;
+  // `calls`: how often Ask will be called.
+  Ahead(const MatrixView& view, int64_t row, int64_t rows, int64_t column, int64_t columns, int64_t calls)
+      : next_(view.rows + row * view.row_stride + column * view.bits / 8),
+        row_stride_(view.row_stride),
+        lines_per_row_(CeilDiv(columns * view.bits / 8, kLine)),
+        lines_(rows * lines_per_row_),
+        lines_per_call_(CeilDiv(lines_, calls)) {}
+
+  void Ask() {
+    for (int64_t i = Smaller(lines_per_call_, lines_); i > 0; --i, --lines_) {
+      __builtin_prefetch(next_ + line_ * kLine, 0, 2);  // to the second-level cache
+      if (++line_ < lines_per_row_) continue;
+      line_ = 0;
+      next_ += row_stride_;
+    }
+  }
+
+ private:
+  static constexpr int64_t kLine = 64;
+  const uint8_t* next_ = nullptr;
+  int64_t row_stride_ = 0, lines_per_row_ = 0, lines_ = 0, lines_per_call_ = 0, line_ = 0;
+};
+
 struct Pass::Group {
   int64_t first;  // row of the block
   int rows;

@@ -35,11 +35,24 @@ std::vector<char> RandomTensor(int64_t count, DType type, std::mt19937& random) 
   return bytes;
 }
 
+// A format with all its options: the format's own group (-1) or another.
+struct Stored {
+  Format format = Format::kBf16;
+  int64_t group = -1;
+  bool zero_point = false;
+};
+
+const Stored kStored[] = {
+    {Format::kBf16},      {Format::kInt8},           {Format::kInt8, 64}, {Format::kInt4}, {Format::kInt4, 64},
+    {Format::kInt4, 128}, {Format::kInt4, 32, true}, {Format::kInt4, 0},  {Format::kNf4},  {Format::kNf4, 256},
+    {Format::kFp8},       {Format::kFp8, 0},         {Format::kMxfp4},
+};
+
 Problem MakeProblem(int64_t tokens, int64_t slots, int64_t experts, int64_t hidden, int64_t intermediate, DType type,
-                    bool biased, std::mt19937& random) {
+                    bool biased, std::mt19937& random, const Stored& stored_as = {}) {
   Problem p{tokens, slots, experts, hidden, intermediate, type, nullptr, {}, {}, {}, {}, {}, {}, {}};
-  p.layer =
-      std::make_unique<ExpertLayer>(LayerShape{experts, hidden, intermediate, Activation::kSilu, true, Format::kBf16});
+  p.layer = std::make_unique<ExpertLayer>(LayerShape{experts, hidden, intermediate, Activation::kSilu, true,
+                                                     stored_as.format, stored_as.group, stored_as.zero_point});
   for (int m = 0; m < kMatrixCount; ++m) {
     const Matrix matrix = static_cast<Matrix>(m);
     const int64_t rows = p.layer->rows(matrix), columns = p.layer->columns(matrix);
@@ -92,8 +105,12 @@ double RoundingOf(DType type) {
 Expected Reference(const Problem& p, const TierKernels& kernels) {
   const double element = kernels.pair == 2 ? kBf16Rounding : 0;
   const double input = p.type == DType::kBf16 ? 0 : element;
-  const double h_sum = static_cast<double>(p.hidden + 2) * kFloatRounding;
-  const double i_sum = static_cast<double>(2 * p.intermediate + 2) * kFloatRounding;
+  // Where operands are BF16, forward multiplies exact codes and scales the sums (two roundings more, here and in the
+  // reference's own weights); backward rounds code x scale once, unless the scale is a power of two.
+  const Format format = p.layer->shape().format;
+  const double weight = format == Format::kBf16 || format == Format::kMxfp4 ? 0 : element;
+  const double h_sum = static_cast<double>(p.hidden + 4) * kFloatRounding;
+  const double i_sum = static_cast<double>(2 * p.intermediate + 4) * kFloatRounding;
   Expected result;
   result.y.resize(static_cast<size_t>(p.tokens * p.hidden));
   result.dx.resize(result.y.size());
@@ -119,7 +136,7 @@ Expected Reference(const Problem& p, const TierKernels& kernels) {
           const double d = dy * down_w[h * p.intermediate + i];
           gate.Add(g, std::fabs(g) * (input + h_sum));
           up.Add(v, std::fabs(v) * (input + h_sum));
-          u.Add(d, std::fabs(d) * (input + h_sum));
+          u.Add(d, std::fabs(d) * (input + weight + h_sum));
         }
         const double s = 1 / (1 + std::exp(-gate.value)), f = gate.value * s, slope = s * (1 + gate.value * (1 - s));
         // |silu'| <= 1.1 and |silu''| <= 0.5; 2^-20 bounds the evaluation itself.
@@ -151,8 +168,8 @@ Expected Reference(const Problem& p, const TierKernels& kernels) {
         for (int64_t h = 0; h < p.hidden; ++h) {
           const double g = gate_w[i * p.hidden + h], v = up_w[i * p.hidden + h];
           result.dx[static_cast<size_t>(t * p.hidden + h)].Add(
-              d_gate * g + d_up * v, (d_gate_error + i_sum * std::fabs(d_gate)) * std::fabs(g) +
-                                         (d_up_error + i_sum * std::fabs(d_up)) * std::fabs(v));
+              d_gate * g + d_up * v, (d_gate_error + (weight + i_sum) * std::fabs(d_gate)) * std::fabs(g) +
+                                         (d_up_error + (weight + i_sum) * std::fabs(d_up)) * std::fabs(v));
         }
       }
       for (int64_t h = 0; h < p.hidden && !p.down_bias.empty(); ++h) {
@@ -214,40 +231,56 @@ const struct {
 } kShapes[] = {{1, 1, 1, 1, 1},    {3, 2, 4, 5, 3},     {2, 4, 3, 33, 18},   {40, 2, 5, 64, 32},
                {70, 3, 2, 37, 29}, {9, 2, 2, 300, 270}, {300, 2, 3, 20, 50}, {600, 1, 1, 8, 9}};
 
+void CheckEveryTier(const Problem& p, const std::string& what) {
+  for (int i = 0; i < kTierCount; ++i) {
+    const TierKernels* const kernels = KernelsOf(static_cast<Tier>(i));
+    if (kernels == nullptr || !CpuSupports(kernels->tier)) continue;
+    const Expected expected = Reference(p, *kernels);
+    const Outputs out = Run(p, *kernels, 2, true);
+    const std::string where = std::string(TierName(kernels->tier)) + " " + what + " H=" + std::to_string(p.hidden) +
+                              " I=" + std::to_string(p.intermediate) + " type " +
+                              std::to_string(static_cast<int>(p.type));
+    CheckWithin(expected.y, out.y.data(), p.type, where + " y");
+    CheckWithin(expected.dx, out.dx.data(), p.type, where + " dx");
+    CheckWithin(expected.dw, out.dw.data(), DType::kF32, where + " dw");
+  }
+}
+
 TEST(EveryTierIsWithinTheBound) {
   std::mt19937 random(3);
   for (const auto& s : kShapes) {
     for (const DType type : {DType::kF32, DType::kBf16, DType::kF16}) {
-      const Problem p =
-          MakeProblem(s.tokens, s.slots, s.experts, s.hidden, s.intermediate, type, s.tokens % 2 == 1, random);
-      for (int i = 0; i < kTierCount; ++i) {
-        const TierKernels* const kernels = KernelsOf(static_cast<Tier>(i));
-        if (kernels == nullptr || !CpuSupports(kernels->tier)) continue;
-        const Expected expected = Reference(p, *kernels);
-        const Outputs out = Run(p, *kernels, 2, true);
-        const std::string where = std::string(TierName(kernels->tier)) + " H=" + std::to_string(s.hidden) +
-                                  " I=" + std::to_string(s.intermediate) + " type " +
-                                  std::to_string(static_cast<int>(type));
-        CheckWithin(expected.y, out.y.data(), type, where + " y");
-        CheckWithin(expected.dx, out.dx.data(), type, where + " dx");
-        CheckWithin(expected.dw, out.dw.data(), DType::kF32, where + " dw");
-      }
+      CheckEveryTier(
+          MakeProblem(s.tokens, s.slots, s.experts, s.hidden, s.intermediate, type, s.tokens % 2 == 1, random), "bf16");
+    }
+  }
+}
+
+TEST(EveryFormatIsWithinTheBound) {
+  std::mt19937 random(6);
+  for (const auto& s : kShapes) {
+    for (const Stored& stored : kStored) {
+      const Problem p = MakeProblem(s.tokens, s.slots, s.experts, s.hidden, s.intermediate, DType::kBf16,
+                                    s.tokens % 2 == 1, random, stored);
+      CheckEveryTier(p, std::string(FormatName(stored.format)) + " " + std::to_string(stored.group));
     }
   }
 }
 
 TEST(BitsDoNotDependOnThreadsOrActivationPolicy) {
   std::mt19937 random(4);
-  const Problem p = MakeProblem(333, 3, 6, 150, 290, DType::kBf16, true, random);
-  for (int i = 0; i < kTierCount; ++i) {
-    const TierKernels* const kernels = KernelsOf(static_cast<Tier>(i));
-    if (kernels == nullptr || !CpuSupports(kernels->tier)) continue;
-    const Outputs one = Run(p, *kernels, 1, true);
-    for (const int threads : {1, 2, 5}) {
-      for (const bool retain : {true, false}) {
-        const Outputs other = Run(p, *kernels, threads, retain);
-        CHECK(other.y == one.y && other.dx == one.dx && other.dw == one.dw);
-        if (retain) CHECK(other.retained == one.retained);
+  for (const Stored& stored : {Stored{}, Stored{Format::kInt8}, Stored{Format::kInt4}, Stored{Format::kFp8}}) {
+    const Problem p = MakeProblem(333, 3, 6, 150, 290, DType::kBf16, true, random, stored);
+    for (int i = 0; i < kTierCount; ++i) {
+      const TierKernels* const kernels = KernelsOf(static_cast<Tier>(i));
+      if (kernels == nullptr || !CpuSupports(kernels->tier)) continue;
+      const Outputs one = Run(p, *kernels, 1, true);
+      for (const int threads : {1, 2, 5}) {
+        for (const bool retain : {true, false}) {
+          const Outputs other = Run(p, *kernels, threads, retain);
+          CHECK(other.y == one.y && other.dx == one.dx && other.dw == one.dw);
+          if (retain) CHECK(other.retained == one.retained);
+        }
       }
     }
   }

@@ -66,6 +66,31 @@ struct Avx2Vectors {
     return _mm256_castsi256_ps(_mm256_blend_epi16(low, RoundToUpperHalf(odd), 0xaa));
   }
 
+  static __m128i LoadEight(const uint8_t* codes) { return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes)); }
+  static F FromInt8(const uint8_t* codes) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(LoadEight(codes))); }
+  // As FP16 the code's bits, moved up by 7, are the value / 2^8, denormals included.
+  static F FromFp8(const uint8_t* codes) {
+    const __m128i half = _mm_and_si128(_mm_slli_epi16(_mm_cvtepi8_epi16(LoadEight(codes)), 7),
+                                       _mm_set1_epi16(static_cast<int16_t>(0xbfff)));
+    return _mm256_mul_ps(_mm256_cvtph_ps(half), _mm256_set1_ps(256.0f));
+  }
+  static void LookUp(const float* values, const uint8_t* codes, F* even, F* odd) {
+    const __m256i both = _mm256_cvtepu8_epi32(LoadEight(codes));
+    *even = LookUpLow(values, both);
+    *odd = LookUpLow(values, _mm256_srli_epi32(both, 4));
+  }
+  // The value of each lane's low four bits: a permute looks at three of them, the fourth chooses between two.
+  static F LookUpLow(const float* values, __m256i index) {
+    const F low = _mm256_permutevar8x32_ps(_mm256_load_ps(values), index);
+    const F high = _mm256_permutevar8x32_ps(_mm256_load_ps(values + 8), index);
+    return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
+  }
+  static void Interleave(F even, F odd, F* first, F* second) {
+    const F low = _mm256_unpacklo_ps(even, odd), high = _mm256_unpackhi_ps(even, odd);
+    *first = _mm256_permute2f128_ps(low, high, 0x20);
+    *second = _mm256_permute2f128_ps(low, high, 0x31);
+  }
+
   static void Transpose(F* v) {
     F t[8];
     for (int i = 0; i < 8; i += 4) {

@@ -8,6 +8,7 @@ struct Ops : Avx512Vectors {
   using Element = kt::Bf16;
   using Panel = __m512i;
   static constexpr int kPair = 2;
+  static constexpr bool kScaleProducts = true;
   // 24 accumulators leave room for two panel vectors and a broadcast in the 32 registers.
   static constexpr int kTileRows = 12, kTileVectors = 2;
 
@@ -27,6 +28,13 @@ struct Ops : Avx512Vectors {
 
   static void ElementsFromBf16(const uint8_t* src, int64_t count, Element* out) { std::memcpy(out, src, count * 2); }
   static void StoreElements(F x, Element* out) { StoreBf16(out, x); }
+
+  static void StoreHalves(F first, F second, Element* out) {
+    _mm512_storeu_si512(out, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first)));
+  }
+  static void StoreInterleaved(F even, F odd, Element* out) {
+    Store(reinterpret_cast<float*>(out), PackBf16(even, odd));
+  }
 
   static F PackBf16(F even, F odd) {
     const __m512i both = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(odd, even));  // 16 of `even`, then 16 of `odd`

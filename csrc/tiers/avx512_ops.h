@@ -64,6 +64,28 @@ struct Avx512Vectors {
     return _mm512_castsi512_ps(_mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
   }
 
+  static F FromInt8(const uint8_t* codes) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes))));
+  }
+  // As FP16 the code's bits, moved up by 7, are the value / 2^8, denormals included.
+  static F FromFp8(const uint8_t* codes) {
+    const __m256i wide = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
+    const __m256i half = _mm256_and_si256(_mm256_slli_epi16(wide, 7), _mm256_set1_epi16(static_cast<int16_t>(0xbfff)));
+    return _mm512_mul_ps(_mm512_cvtph_ps(half), _mm512_set1_ps(256.0f));
+  }
+  static void LookUp(const float* values, const uint8_t* codes, F* even, F* odd) {
+    const __m512 table = _mm512_load_ps(values);
+    const __m512i both = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
+    *even = _mm512_permutexvar_ps(both, table);  // the low four bits of a lane count
+    *odd = _mm512_permutexvar_ps(_mm512_srli_epi32(both, 4), table);
+  }
+  static void Interleave(F even, F odd, F* first, F* second) {
+    const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+    *first = _mm512_permutex2var_ps(even, low, odd);
+    *second = _mm512_permutex2var_ps(even, high, odd);
+  }
+
   static void Transpose(F* v) {
     // 16 x 16 in four rounds: 4 x 4 blocks of single values, then blocks of four lanes.
     F t[16];

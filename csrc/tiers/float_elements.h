@@ -14,6 +14,7 @@ struct FloatElements : V {
   using Element = float;
   using Panel = F;
   static constexpr int kPair = 1, kTileVectors = kVectors;
+  static constexpr bool kScaleProducts = false;
 
   static Panel LoadPanel(const Element* p) { return V::Load(p); }
   static Panel Broadcast(const Element* p) { return V::Set(*p); }
@@ -26,6 +27,16 @@ struct FloatElements : V {
     for (; i < count; ++i) out[i] = kt::LoadAsFloat(src, kt::DType::kBf16, i);
   }
   static void StoreElements(F x, Element* out) { V::Store(out, x); }
+
+  static void StoreHalves(F first, F second, Element* out) {
+    V::Store(out, first);
+    V::Store(out + V::kLanes, second);
+  }
+  static void StoreInterleaved(F even, F odd, Element* out) {
+    F first, second;
+    V::Interleave(even, odd, &first, &second);
+    StoreHalves(first, second, out);
+  }
 
   static void StoreActivation(Element* out, int width, F even, F odd, bool has_odd) {
     V::Store(out, even);

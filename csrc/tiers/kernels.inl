@@ -3,7 +3,7 @@
 // unit's. No std:: function or class is used for the same reason.
 //
 // What `Ops` provides:
-//  - Element (Bf16 or float), kPair, kLanes, kTileRows, kTileVectors
+//  - Element (Bf16 or float), kPair, kLanes, kTileRows, kTileVectors, kScaleProducts (see TierKernels)
 //  - F, a vector of kLanes floats; Zero Set Load Store Add Sub Mul Div Fma Min Max Abs Round PowerOfTwo SelectNegative
 //  Sum
 //  - LoadBf16 LoadF16 StoreBf16 StoreF16: kLanes values in memory from and to F
@@ -11,10 +11,15 @@
 //  - ElementsFromBf16(src, count, out), StoreElements(F, out): elements in a row
 //  - StoreActivation(out, width, F even, F odd, has_odd): two depth steps of a B panel
 //  - InterleaveRows(out, row0, row1): one panel's width of kPair weight rows
+//  - FromInt8(codes), FromFp8(codes): kLanes codes to F; LookUp(16 values, codes, F* even, F* odd): 2 kLanes codes
+//  - StoreHalves(F, F, out), StoreInterleaved(F even, F odd, out): 2 kLanes elements
 //  - PackBf16(F even, F odd): lane i holds the BF16 values even[i], odd[i]; Transpose(F[kLanes]); Keep(F&)
 #pragma once
 
 #include "formats/bf16.h"
+#include "formats/four_bit.h"
+#include "formats/fp8.h"
+#include "formats/int8.h"
 #include "tiers/operands.inl"
 #include "tiers/product.inl"
 #include "tiers/results.inl"
@@ -67,9 +72,13 @@ struct Kernels {
     table.element_bytes = sizeof(Element);
     table.tile_rows = Ops::kTileRows;
     table.tile_vectors = Ops::kTileVectors;
-    table.decode_rows[static_cast<int>(Format::kBf16)] = Operands<Ops>::template DecodeRows<Bf16Format>;
-    table.decode_panels[static_cast<int>(Format::kBf16)] = Operands<Ops>::template DecodePanels<Bf16Format>;
-    table.dot_rows[static_cast<int>(Format::kBf16)] = Product<Ops>::template DotRows<Bf16Format>;
+    table.scale_products = Ops::kScaleProducts;
+    SetFormat<Bf16Format>(table, Format::kBf16);
+    SetFormat<Int8Format>(table, Format::kInt8);
+    SetFormat<Int4Format>(table, Format::kInt4);
+    SetFormat<Nf4Format>(table, Format::kNf4);
+    SetFormat<Fp8Format>(table, Format::kFp8);
+    SetFormat<Mxfp4Format>(table, Format::kMxfp4);
     table.pack_row = Operands<Ops>::PackRow;
     table.pack_panel = Operands<Ops>::PackPanel;
     table.multiply = Product<Ops>::Multiply;
@@ -89,6 +98,13 @@ struct Kernels {
     table.register_products = RegisterProducts;
     table.read_sum = ReadSum;
     return table;
+  }
+
+  template <class Decoder>
+  static constexpr void SetFormat(TierKernels& table, Format format) {
+    table.decode_rows[static_cast<int>(format)] = Operands<Ops>::template DecodeRows<Decoder>;
+    table.decode_panels[static_cast<int>(format)] = Operands<Ops>::template DecodePanels<Decoder>;
+    table.dot_rows[static_cast<int>(format)] = Product<Ops>::template DotRows<Decoder>;
   }
 
   template <class Act>

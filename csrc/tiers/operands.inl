@@ -52,11 +52,13 @@ struct Operands {
     }
   }
 
+  // FP32 elements take the scales in; BF16 elements would have to be rounded, so that the product applies them.
   template <class Format>
-  static void DecodeRows(const MatrixView& w, int64_t row, int rows, int64_t columns, void* a, int64_t a_stride) {
+  static void DecodeRows(const MatrixView& w, int64_t row, int rows, int64_t column, int64_t columns, void* a,
+                         int64_t a_stride) {
     Element* out = static_cast<Element*>(a);
     for (int r = 0; r < rows; ++r, out += a_stride) {
-      Format::template DecodeRow<Ops>(w, row + r, 0, columns, out);
+      Format::template DecodeRow<Ops, !Ops::kScaleProducts>(w, row + r, column, columns, out);
       Rows::ZeroElements(out + columns, RoundUp(columns, kPair) - columns);
     }
   }
@@ -80,7 +82,7 @@ struct Operands {
       for (int r = 0; r < rows; r += kPair) {
         for (int p = 0; p < kPair; ++p) {
           const int decoded = r + p < rows ? count : 0;
-          if (decoded > 0) Format::template DecodeRow<Ops>(w, row + r + p, column + first, decoded, chunk[p]);
+          if (decoded > 0) Format::template DecodeRow<Ops, true>(w, row + r + p, column + first, decoded, chunk[p]);
           if (r + p + kAhead < rows) Prefetch<Format>(w, row + r + p + kAhead, column + first, count);
           Rows::ZeroElements(chunk[p] + decoded, padded - decoded);
         }

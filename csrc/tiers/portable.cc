@@ -75,6 +75,21 @@ struct PortableVectors {
     });
   }
 
+  static F FromInt8(const uint8_t* codes) {
+    return Each([&](int i) { return static_cast<float>(static_cast<int8_t>(codes[i])); });
+  }
+  static F FromFp8(const uint8_t* codes) {
+    return Each([&](int i) { return kt::FloatFromFp8(codes[i]); });
+  }
+  static void LookUp(const float* values, const uint8_t* codes, F* even, F* odd) {
+    *even = Each([&](int i) { return values[codes[i] & 15]; });
+    *odd = Each([&](int i) { return values[codes[i] >> 4]; });
+  }
+  static void Interleave(F even, F odd, F* first, F* second) {
+    *first = F{even[0], odd[0], even[1], odd[1]};
+    *second = F{even[2], odd[2], even[3], odd[3]};
+  }
+
   static void Transpose(F* v) {
     const F a = v[0], b = v[1], c = v[2], d = v[3];
     for (int i = 0; i < kLanes; ++i) v[i] = F{a[i], b[i], c[i], d[i]};

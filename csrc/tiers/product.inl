@@ -3,6 +3,7 @@
 
 #include "cpu/numeric.h"
 #include "formats/format.h"
+#include "tiers/tier.h"
 
 namespace kt {
 
@@ -12,16 +13,17 @@ struct Product {
   using F = typename Ops::F;
   static constexpr int kLanes = Ops::kLanes, kPair = Ops::kPair;
 
+  // Scales of weight rows, where the product applies them: row r's for the depth's group g is
+  // values[r * row_stride + g]. A group spans `steps` steps of the depth.
+  struct Scales {
+    const float* values = nullptr;
+    int64_t row_stride = 0, steps = 0;
+
+    Scales FromRow(int row) const { return {values + row * row_stride, row_stride, steps}; }
+  };
+
   template <int kRows, int kVectors>
-  static void Tile(const Element* a, int64_t a_stride, const Element* b, int64_t steps, float* c, int64_t c_stride,
-                   bool accumulate) {
-    F sum[kRows][kVectors];
-#pragma GCC unroll 16
-    for (int m = 0; m < kRows; ++m) {
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v)
-        sum[m][v] = accumulate ? Ops::Load(c + m * c_stride + v * kLanes) : Ops::Zero();
-    }
+  static void AddSteps(const Element* a, int64_t a_stride, const Element* b, int64_t steps, F (&sum)[kRows][kVectors]) {
     for (int64_t s = 0; s < steps; ++s) {
       typename Ops::Panel column[kVectors];
 #pragma GCC unroll 4
@@ -33,6 +35,24 @@ struct Product {
         for (int v = 0; v < kVectors; ++v) sum[m][v] = Ops::MultiplyAdd(sum[m][v], value, column[v]);
       }
     }
+  }
+
+  template <int kRows, int kVectors>
+  static void Tile(const Element* a, int64_t a_stride, const Element* b, int64_t steps, const Scales& scales, float* c,
+                   int64_t c_stride, bool accumulate) {
+    if constexpr (Ops::kScaleProducts) {
+      if (scales.values != nullptr) {
+        return ScaledTile<kRows, kVectors>(a, a_stride, b, steps, scales, c, c_stride, accumulate);
+      }
+    }
+    F sum[kRows][kVectors];
+#pragma GCC unroll 16
+    for (int m = 0; m < kRows; ++m) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v)
+        sum[m][v] = accumulate ? Ops::Load(c + m * c_stride + v * kLanes) : Ops::Zero();
+    }
+    AddSteps<kRows, kVectors>(a, a_stride, b, steps, sum);
 #pragma GCC unroll 16
     for (int m = 0; m < kRows; ++m) {
 #pragma GCC unroll 4
@@ -40,65 +60,89 @@ struct Product {
     }
   }
 
+  // Sums of codes, group by group, are scaled into C, which stays in L1.
+  template <int kRows, int kVectors>
+  static void ScaledTile(const Element* a, int64_t a_stride, const Element* b, int64_t steps, const Scales& scales,
+                         float* c, int64_t c_stride, bool accumulate) {
+    const float* scale = scales.values;
+    for (; steps > 0; steps -= scales.steps, ++scale, accumulate = true) {
+      const int64_t some = Smaller(scales.steps, steps);
+      F sum[kRows][kVectors];
+#pragma GCC unroll 16
+      for (int m = 0; m < kRows; ++m) {
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) sum[m][v] = Ops::Zero();
+      }
+      AddSteps<kRows, kVectors>(a, a_stride, b, some, sum);
+      a += some * kPair;
+      b += some * kVectors * kLanes * kPair;
+#pragma GCC unroll 16
+      for (int m = 0; m < kRows; ++m) {
+        const F factor = Ops::Set(scale[m * scales.row_stride]);
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) {
+          float* const to = c + m * c_stride + v * kLanes;
+          Ops::Store(to, accumulate ? Ops::Fma(sum[m][v], factor, Ops::Load(to)) : Ops::Mul(sum[m][v], factor));
+        }
+      }
+    }
+  }
+
   // Full tiles first, then the largest remainder that fits: every row count takes few passes over the panel.
   template <int kRows, int kVectors>
-  static void Rows(const Element* a, int64_t a_stride, int64_t rows, const Element* b, int64_t steps, float* c,
-                   int64_t c_stride, bool accumulate) {
+  static void Rows(const Element* a, int64_t a_stride, int64_t rows, const Element* b, int64_t steps, Scales scales,
+                   float* c, int64_t c_stride, bool accumulate) {
     for (; rows >= kRows; rows -= kRows, a += kRows * a_stride, c += kRows * c_stride) {
-      Tile<kRows, kVectors>(a, a_stride, b, steps, c, c_stride, accumulate);
+      Tile<kRows, kVectors>(a, a_stride, b, steps, scales, c, c_stride, accumulate);
+      if (scales.values != nullptr) scales = scales.FromRow(kRows);
     }
-    if constexpr (kRows > 1) Rows<kRows - 1, kVectors>(a, a_stride, rows, b, steps, c, c_stride, accumulate);
+    if constexpr (kRows > 1) Rows<kRows - 1, kVectors>(a, a_stride, rows, b, steps, scales, c, c_stride, accumulate);
   }
 
   template <int kVectors>
   static void MultiplyWidth(int vectors, const Element* a, int64_t a_stride, int64_t rows, const Element* b,
-                            int64_t steps, float* c, int64_t c_stride, bool accumulate) {
+                            int64_t steps, const Scales& scales, float* c, int64_t c_stride, bool accumulate) {
     if (vectors == kVectors)
-      return Rows<Ops::kTileRows, kVectors>(a, a_stride, rows, b, steps, c, c_stride, accumulate);
+      return Rows<Ops::kTileRows, kVectors>(a, a_stride, rows, b, steps, scales, c, c_stride, accumulate);
     if constexpr (kVectors > 1)
-      MultiplyWidth<kVectors - 1>(vectors, a, a_stride, rows, b, steps, c, c_stride, accumulate);
+      MultiplyWidth<kVectors - 1>(vectors, a, a_stride, rows, b, steps, scales, c, c_stride, accumulate);
   }
 
   static void Multiply(const void* a, int64_t a_stride, int64_t rows, const void* panel, int width, int64_t depth,
-                       float* c, int64_t c_stride, bool accumulate) {
+                       const RowScales& scales, float* c, int64_t c_stride, bool accumulate) {
+    // Groups are multiples of the pair; one as long as the depth, or longer, is a single run of steps.
+    const Scales in_steps{scales.values, scales.row_stride, CeilDiv(Smaller(scales.group, depth), kPair)};
     MultiplyWidth<Ops::kTileVectors>(width / kLanes, static_cast<const Element*>(a), a_stride, rows,
-                                     static_cast<const Element*>(panel), CeilDiv(depth, kPair), c, c_stride,
+                                     static_cast<const Element*>(panel), CeilDiv(depth, kPair), in_steps, c, c_stride,
                                      accumulate);
   }
 
   // ---- for few tokens ----
 
   // kRows weight rows times kTokens x rows, along the depth. Loads are whole vectors; the tail is padded with zeros.
+  // With scales (a row of them for each weight row) the sums of each group are scaled before they are added.
   template <int kRows, int kTokens>
-  static void Dot(const Element* const* w, const Element* x, int64_t x_stride, int64_t columns, float* c,
-                  int64_t c_stride) {
-    constexpr int kPiece = kLanes * kPair;
+  static void Dot(const Element* const* w, const Element* x, int64_t x_stride, int64_t columns, const Scales& scales,
+                  float* c, int64_t c_stride) {
     F sum[kRows][kTokens];
+    if (scales.values == nullptr) {
+      Clear<kRows, kTokens>(sum);
+      DotRun<kRows, kTokens>(w, x, x_stride, 0, columns, sum);
+    } else {
+      F total[kRows][kTokens];
+      Clear<kRows, kTokens>(total);
+      const float* scale = scales.values;
+      for (int64_t k = 0, group = scales.steps * kPair; k < columns; k += group, ++scale) {
+        Clear<kRows, kTokens>(sum);
+        DotRun<kRows, kTokens>(w, x, x_stride, k, Smaller(columns, k + group), sum);
 #pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) {
+        for (int r = 0; r < kRows; ++r) {
+          const F factor = Ops::Set(scale[r * scales.row_stride]);
 #pragma GCC unroll 4
-      for (int t = 0; t < kTokens; ++t) sum[r][t] = Ops::Zero();
-    }
-    const auto step = [&](auto weights, auto tokens) {
-      typename Ops::Panel token[kTokens];
-#pragma GCC unroll 4
-      for (int t = 0; t < kTokens; ++t) token[t] = Ops::LoadPanel(tokens(t));
-#pragma GCC unroll 4
-      for (int r = 0; r < kRows; ++r) {
-        const typename Ops::Panel weight = Ops::LoadPanel(weights(r));
-#pragma GCC unroll 4
-        for (int t = 0; t < kTokens; ++t) sum[r][t] = Ops::MultiplyAdd(sum[r][t], weight, token[t]);
+          for (int t = 0; t < kTokens; ++t) total[r][t] = Ops::Fma(sum[r][t], factor, total[r][t]);
+        }
       }
-    };
-    int64_t k = 0;
-    for (; k + kPiece <= columns; k += kPiece) {
-      step([&](int r) { return w[r] + k; }, [&](int t) { return x + t * x_stride + k; });
-    }
-    if (k < columns) {
-      alignas(64) Element w_tail[kRows][kPiece] = {}, x_tail[kTokens][kPiece] = {};
-      for (int r = 0; r < kRows; ++r) std::memcpy(w_tail[r], w[r] + k, (columns - k) * sizeof(Element));
-      for (int t = 0; t < kTokens; ++t) std::memcpy(x_tail[t], x + t * x_stride + k, (columns - k) * sizeof(Element));
-      step([&](int r) { return w_tail[r]; }, [&](int t) { return x_tail[t]; });
+      std::memcpy(&sum, &total, sizeof(sum));
     }
     if constexpr (kRows * kTokens % kLanes == 0) {
       // A turn in registers lets kLanes sums be finished together.
@@ -121,12 +165,47 @@ struct Product {
   }
 
   template <int kRows, int kTokens>
-  static void DotTokens(const Element* const* w, const Element* x, int64_t x_stride, int tokens, int64_t columns,
-                        float* c, int64_t c_stride) {
-    for (; tokens >= kTokens; tokens -= kTokens, x += kTokens * x_stride, c += kTokens * c_stride) {
-      Dot<kRows, kTokens>(w, x, x_stride, columns, c, c_stride);
+  static void Clear(F (&sum)[kRows][kTokens]) {
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+      for (int t = 0; t < kTokens; ++t) sum[r][t] = Ops::Zero();
     }
-    if constexpr (kTokens > 1) DotTokens<kRows, kTokens - 1>(w, x, x_stride, tokens, columns, c, c_stride);
+  }
+
+  // Adds the products of columns [k, end).
+  template <int kRows, int kTokens>
+  static void DotRun(const Element* const* w, const Element* x, int64_t x_stride, int64_t k, int64_t end,
+                     F (&sum)[kRows][kTokens]) {
+    constexpr int kPiece = kLanes * kPair;
+    const auto step = [&](auto weights, auto tokens) {
+      typename Ops::Panel token[kTokens];
+#pragma GCC unroll 4
+      for (int t = 0; t < kTokens; ++t) token[t] = Ops::LoadPanel(tokens(t));
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) {
+        const typename Ops::Panel weight = Ops::LoadPanel(weights(r));
+#pragma GCC unroll 4
+        for (int t = 0; t < kTokens; ++t) sum[r][t] = Ops::MultiplyAdd(sum[r][t], weight, token[t]);
+      }
+    };
+    for (; k + kPiece <= end; k += kPiece) {
+      step([&](int r) { return w[r] + k; }, [&](int t) { return x + t * x_stride + k; });
+    }
+    if (k == end) return;
+    alignas(64) Element w_tail[kRows][kPiece] = {}, x_tail[kTokens][kPiece] = {};
+    for (int r = 0; r < kRows; ++r) std::memcpy(w_tail[r], w[r] + k, (end - k) * sizeof(Element));
+    for (int t = 0; t < kTokens; ++t) std::memcpy(x_tail[t], x + t * x_stride + k, (end - k) * sizeof(Element));
+    step([&](int r) { return w_tail[r]; }, [&](int t) { return x_tail[t]; });
+  }
+
+  template <int kRows, int kTokens>
+  static void DotTokens(const Element* const* w, const Element* x, int64_t x_stride, int tokens, int64_t columns,
+                        const Scales& scales, float* c, int64_t c_stride) {
+    for (; tokens >= kTokens; tokens -= kTokens, x += kTokens * x_stride, c += kTokens * c_stride) {
+      Dot<kRows, kTokens>(w, x, x_stride, columns, scales, c, c_stride);
+    }
+    if constexpr (kTokens > 1) DotTokens<kRows, kTokens - 1>(w, x, x_stride, tokens, columns, scales, c, c_stride);
   }
 
   template <class Format>
@@ -141,24 +220,33 @@ struct Product {
           const int count = static_cast<int>(Smaller(kDotRows, rows - r));
           const Element* sources[kDotRows];
           for (int i = 0; i < count; ++i) sources[i] = Format::template Elements<Ops>(w, row + r + i);
-          DotPiece(sources, count, x_rows + t * x_stride, x_stride, some, columns, c + t * c_stride + r, c_stride,
-                   false);
+          DotPiece(sources, count, x_rows + t * x_stride, x_stride, some, columns, Scales(), c + t * c_stride + r,
+                   c_stride, false);
         }
       }
       return;
     }
-    // Rows are decoded once for all tokens, in pieces that are added up in the order of the depth.
+    // Rows are decoded once for all tokens, in pieces that are added up in the order of the depth. A piece holds whole
+    // groups, or lies within one.
+    constexpr bool kScaleSums = Format::kScales && Ops::kScaleProducts;
     alignas(64) Element decoded[kDotRows][kDotPiece];
+    float scales[kDotRows][kDotPiece / kLeastGroup];
+    const Scales of_piece{kScaleSums ? scales[0] : nullptr, kDotPiece / kLeastGroup,
+                          CeilDiv(Smaller(kScaleSums ? w.group : columns, kDotPiece), kPair)};
     for (int r = 0; r < rows; r += kDotRows) {
       const int count = static_cast<int>(Smaller(kDotRows, rows - r));
       for (int64_t k = 0; k < columns; k += kDotPiece) {
         const int64_t depth = Smaller(kDotPiece, columns - k);
         const Element* sources[kDotRows];
         for (int i = 0; i < count; ++i) {
-          Format::template DecodeRow<Ops>(w, row + r + i, k, depth, decoded[i]);
+          Format::template DecodeRow<Ops, !Ops::kScaleProducts>(w, row + r + i, k, depth, decoded[i]);
           sources[i] = decoded[i];
+          if (kScaleSums) {
+            const int64_t first = k / w.group;
+            LoadScales(w, row + r + i, first, (k + depth - 1) / w.group - first + 1, scales[i]);
+          }
         }
-        DotPiece(sources, count, x_rows + k, x_stride, tokens, depth, c + r, c_stride, k > 0);
+        DotPiece(sources, count, x_rows + k, x_stride, tokens, depth, of_piece, c + r, c_stride, k > 0);
       }
     }
   }
@@ -168,12 +256,15 @@ struct Product {
   static_assert(3 * kLanes <= 4 * kMostDotTokens, "a block of few rows (Pass::Few) must fit");
 
   static void DotPiece(const Element* const* w, int rows, const Element* x, int64_t x_stride, int tokens, int64_t depth,
-                       float* c, int64_t c_stride, bool accumulate) {
+                       const Scales& scales, float* c, int64_t c_stride, bool accumulate) {
     float sums[kMostDotTokens * kDotRows];
     if (rows == kDotRows) {
-      DotTokens<kDotRows, kDotTokens>(w, x, x_stride, tokens, depth, sums, kDotRows);
+      DotTokens<kDotRows, kDotTokens>(w, x, x_stride, tokens, depth, scales, sums, kDotRows);
     } else {
-      for (int r = 0; r < rows; ++r) DotTokens<1, kDotTokens>(w + r, x, x_stride, tokens, depth, sums + r, kDotRows);
+      for (int r = 0; r < rows; ++r) {
+        const Scales of_row = scales.values == nullptr ? scales : scales.FromRow(r);
+        DotTokens<1, kDotTokens>(w + r, x, x_stride, tokens, depth, of_row, sums + r, kDotRows);
+      }
     }
     for (int t = 0; t < tokens; ++t) {
       for (int r = 0; r < rows; ++r) {

@@ -31,6 +31,14 @@ using ActivateRowFn = void (*)(const float* gate, const float* up, int64_t count
 using ActivateBackwardFn = float (*)(const Bf16* gate, const Bf16* up, const float* u, float weight, int64_t count,
                                      void* d_gate, void* d_up);
 
+// Scales that a product applies to the rows of A as it goes along the depth: row r's for depth d is
+// values[r * row_stride + d / group]. Groups are a power of two, of at least kLeastGroup, or as long as the depth.
+struct RowScales {
+  const float* values = nullptr;  // null: no scales
+  int64_t row_stride = 0;
+  int64_t group = 0;
+};
+
 struct TierKernels {
   Tier tier;
   int lanes;          // FP32 values in a vector
@@ -39,13 +47,17 @@ struct TierKernels {
   int tile_rows;      // rows of C that one micro-kernel call keeps in registers
   int tile_vectors;   // vectors per row of C, likewise
 
-  // Decodes weight rows [row, row + rows) in full (`columns` weights each) as A rows.
-  void (*decode_rows[kFormatCount])(const MatrixView& w, int64_t row, int rows, int64_t columns, void* a,
-                                    int64_t a_stride);
+  // Whether decode_rows leaves codes as they are, for `multiply` to apply the scales to its sums. Else elements are
+  // FP32 and have them in already.
+  bool scale_products;
+
+  // Decodes weight rows [row, row + rows), columns [column, column + columns), as A rows: code x scale, or codes.
+  void (*decode_rows[kFormatCount])(const MatrixView& w, int64_t row, int rows, int64_t column, int64_t columns,
+                                    void* a, int64_t a_stride);
 
   // Decodes weight rows [row, row + rows), columns [column, column + columns), as B panels: depth runs over rows.
-  // Columns are cut into panels of tile_vectors * lanes, one after the other, `panel_stride` elements apart; the last
-  // is padded with zeros.
+  // Elements are code x scale. Columns are cut into panels of tile_vectors * lanes, one after the other, `panel_stride`
+  // elements apart; the last is padded with zeros.
   void (*decode_panels[kFormatCount])(const MatrixView& w, int64_t row, int rows, int64_t column, int columns,
                                       void* panels, int64_t panel_stride);
 
@@ -61,9 +73,10 @@ struct TierKernels {
   void (*pack_panel)(const void* const* rows, DType type, int tokens, int width, int64_t count, void* panel);
 
   // The product. `rows` is any number; `depth` counts unpadded values; C is FP32 with `c_stride` values from row to
-  // row. Without `accumulate` C is overwritten. Writes all of `width` columns.
-  void (*multiply)(const void* a, int64_t a_stride, int64_t rows, const void* panel, int width, int64_t depth, float* c,
-                   int64_t c_stride, bool accumulate);
+  // row. Without `accumulate` C is overwritten. Writes all of `width` columns. Only a tier with scale_products takes
+  // scales.
+  void (*multiply)(const void* a, int64_t a_stride, int64_t rows, const void* panel, int width, int64_t depth,
+                   const RowScales& scales, float* c, int64_t c_stride, bool accumulate);
 
   ActivateFn activate[2][kActivationCount];  // [gated][activation]; null where there is no such expert
   ActivateRowFn activate_row[2][kActivationCount];

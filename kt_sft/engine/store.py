@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 
@@ -27,6 +28,21 @@ def dtype_name(dtype: torch.dtype, what: str) -> str:
     return _DTYPE_NAMES[dtype]
 
 
+def formats() -> list[str]:
+    """Names of the weight formats this build decodes."""
+    return list(_native.formats())
+
+
+def matrix_bytes(rows: int, columns: int, expert_format: str, group_size: int | None, zero_point: bool) -> int:
+    """Bytes that one [rows, columns] matrix takes in a format, scales included.
+
+    Raises:
+        ValueError: There is no such format, or it has no such group or no zero point.
+    """
+    _check_format(expert_format)
+    return _native.matrix_bytes(expert_format, _native_group(group_size), zero_point, rows, columns)
+
+
 class LayerStore:
     """The weights of one layer's E experts: one copy, rows in the checkpoint's order, gate and up [I, H], down [H, I].
 
@@ -41,10 +57,12 @@ class LayerStore:
         gated: Whether experts have a gate matrix.
         gate_up_bias: [E, 2I], gate first ([E, I] ungated), any float dtype.
         down_bias: [E, H].
-        expert_format: How weights are stored.
+        expert_format: How weights are stored; one of `formats()`.
+        group_size: Columns that share a scale; None: the format's own default, 0: whole rows.
+        zero_point: Asymmetric int4.
 
     Raises:
-        ValueError: A size, an activation, a bias shape or the format is not possible.
+        ValueError: A size, an activation, a bias shape, the format or its group is not possible.
         MemoryError: The weights do not fit the address space.
     """
 
@@ -59,11 +77,10 @@ class LayerStore:
         gate_up_bias: Tensor | None = None,
         down_bias: Tensor | None = None,
         expert_format: str = "bf16",
+        group_size: int | None = None,
+        zero_point: bool = False,
     ) -> None:
-        if expert_format not in _native.formats():
-            raise ValueError(
-                f"kt_sft: the engine has no format {expert_format!r}; it has {', '.join(_native.formats())}"
-            )
+        _check_format(expert_format)
         self.num_experts = num_experts
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
@@ -71,14 +88,27 @@ class LayerStore:
         self.gated = gated
         self.expert_format = expert_format
         self.native = _native.ExpertLayer(
-            experts=num_experts, hidden=hidden_size, intermediate=intermediate_size, activation=activation, gated=gated
+            experts=num_experts,
+            hidden=hidden_size,
+            intermediate=intermediate_size,
+            activation=activation,
+            gated=gated,
+            format=expert_format,
+            group=_native_group(group_size),
+            zero_point=zero_point,
         )
         self.set_biases(gate_up_bias, down_bias)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory the weights occupy."""
+        """Bytes of memory the weights occupy, scales included."""
         return self.native.nbytes
+
+    @property
+    def relative_error(self) -> float:
+        """What storing did to the weights so far: the root of sum (weight - stored)² / sum weight²; 0 for exact."""
+        squared_error, squared_values = self.native.error
+        return math.sqrt(squared_error / squared_values) if squared_values else 0.0
 
     @property
     def matrices(self) -> tuple[str, ...]:
@@ -185,6 +215,15 @@ class LayerStore:
     def __deepcopy__(self, memo: dict[int, object]) -> LayerStore:
         # The weights are frozen: copies of a model share them.
         return self
+
+
+def _check_format(expert_format: str) -> None:
+    if expert_format not in formats():
+        raise ValueError(f"kt_sft: the engine has no format {expert_format!r}; it has {', '.join(formats())}")
+
+
+def _native_group(group_size: int | None) -> int:
+    return -1 if group_size is None else group_size
 
 
 def _checked_bias(name: str, bias: Tensor | None, shape: tuple[int, int]) -> Tensor | None:

@@ -30,6 +30,11 @@ def announce(config: KTConfig, plans: Sequence[ModulePlan], stores: Sequence[Lay
         info["tier"],
         info["threads"],
     )
+    errors = sorted({store.relative_error for store in stores})
+    if errors and errors[-1] > 0:
+        for plan, store in zip(plans, stores, strict=True):
+            logger.debug("%s: relative error of the stored weights %.2e", plan.name, store.relative_error)
+        logger.info("relative error of the stored weights: %.2e to %.2e by layer", errors[0], errors[-1])
     converted = sorted({read.view.entry.dtype_name for plan in plans for read in plan.reads} - {"BF16"})
     if converted and config.stored_format == "bf16":
         logger.warning("the checkpoint's %s experts are stored rounded to BF16", " and ".join(converted))

@@ -6,18 +6,21 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from kt_sft.config import KTConfig
 from kt_sft.engine.memory import available_bytes
+from kt_sft.engine.store import matrix_bytes
 from kt_sft.loading.errors import NotEnoughMemoryError
 from kt_sft.loading.layout import ExpertLayout
 
-_BF16_BYTES = 2
 _PROC = Path("/proc")
 
 
-def experts_bytes(layout: ExpertLayout) -> int:
-    """What the engine will take for one module of experts: its matrices [I, H] in BF16."""
-    matrices = 3 if layout.gated else 2
-    return matrices * layout.num_experts * layout.hidden_size * layout.intermediate_size * _BF16_BYTES
+def experts_bytes(layout: ExpertLayout, config: KTConfig) -> int:
+    """What the engine will take for one module of experts: their [I, H] and [H, I] matrices, as they are stored."""
+    hidden, intermediate = layout.hidden_size, layout.intermediate_size
+    first = matrix_bytes(intermediate, hidden, **config.storage)
+    down = matrix_bytes(hidden, intermediate, **config.storage)
+    return layout.num_experts * ((2 if layout.gated else 1) * first + down)
 
 
 def require_bytes(need: int, what: str, processes: int = 1) -> None:

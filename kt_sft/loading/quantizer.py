@@ -165,8 +165,7 @@ class KTQuantizer(HfQuantizer):
 
     def _key(self, plan: ModulePlan) -> tuple[Any, ...]:
         config = self._config
-        options = (config.stored_format, config.group_size, config.zero_point)
-        return (self._identity, plan.name, plan.layout, options)
+        return (self._identity, plan.name, plan.layout, tuple(config.storage.values()))
 
     def _store(self, plan: ModulePlan) -> LayerStore:
         layout, config = plan.layout, self._config
@@ -177,15 +176,15 @@ class KTQuantizer(HfQuantizer):
                 intermediate_size=layout.intermediate_size,
                 activation=layout.activation,
                 gated=layout.gated,
-                expert_format=config.stored_format,
+                **config.storage,
             )
         except MemoryError as error:  # a limit that the check beforehand cannot see, as of the address space
-            raise not_enough(experts_bytes(layout), available_bytes(), f"the experts of {plan.name}") from error
+            raise not_enough(experts_bytes(layout, config), available_bytes(), f"the experts of {plan.name}") from error
 
     def _check_memory(self, model: PreTrainedModel, device_map: Any) -> None:
         """Checks, before anything is allocated, what every process of this machine needs for itself."""
         plans = [plan for plan in self._plans if shared_store(self._key(plan)) is None]
-        need = sum(experts_bytes(plan.layout) for plan in plans)
+        need = sum(experts_bytes(plan.layout, self._config) for plan in plans)
         devices = device_map.values() if isinstance(device_map, dict) else ("cpu",)
         if any(torch.device(device).type == "cpu" for device in devices if device != "disk"):
             experts = {id(value) for plan in self._plans for value in model.get_submodule(plan.name).parameters()}

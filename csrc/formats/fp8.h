@@ -1,0 +1,22 @@
+// fp8: E4M3, as the OCP's 8-bit floating point specification has it: bias 7, no infinity, 0x7f and 0xff are not numbers
+// (and are refused on load).
+#pragma once
+
+#include "formats/scaled.h"
+
+namespace kt {
+
+struct Fp8Codes {
+  static constexpr int kBits = 8;
+  static constexpr bool kInterleaved = false;
+
+  template <class Ops>
+  static void Decode(const uint8_t* codes, typename Ops::F* first, typename Ops::F* second) {
+    *first = Ops::FromFp8(codes);
+    *second = Ops::FromFp8(codes + Ops::kLanes);
+  }
+};
+
+using Fp8Format = ScaledFormat<Fp8Codes>;
+
+}  // namespace kt
