@@ -9,6 +9,7 @@
 #include <memory>
 #include <optional>
 
+#include "cpu/topology.h"
 #include "moe/engine.h"
 
 namespace py = pybind11;
@@ -90,6 +91,14 @@ std::vector<std::string> AvailableTiers() {
     if (KernelsOf(tier) != nullptr && CpuSupports(tier)) names.emplace_back(TierName(tier));
   }
   return names;
+}
+
+py::tuple MachineTopology(const std::string& system, const std::vector<int>& usable) {
+  const Topology topology = ReadTopology(system, usable);
+  py::list cores, nodes;
+  for (const Core& core : topology.cores) cores.append(py::make_tuple(core.node, core.package, core.cpus));
+  for (const MemoryNode& node : topology.nodes) nodes.append(py::make_tuple(node.number, node.bytes));
+  return py::make_tuple(cores, nodes);
 }
 
 // BF16 memory of the engine's pool as a NumPy array of its bit patterns; it goes back to the pool with the array.
@@ -177,10 +186,11 @@ void BindEngine(py::module_& m) {
   py::class_<HeldTicket>(m, "Ticket").def("wait", &HeldTicket::Wait).def_property_readonly("done", &HeldTicket::done);
 
   py::class_<Engine, EngineHolder>(m, "Engine")
-      .def(py::init([](int threads, const std::vector<int>& cpus, const std::optional<std::string>& limit) {
-             return EngineHolder(new Engine(threads, cpus, LimitFrom(limit)));
+      .def(py::init([](int threads, const std::vector<std::vector<int>>& node_cpus,
+                       const std::optional<std::string>& limit, int64_t spin_us) {
+             return EngineHolder(new Engine(threads, node_cpus, LimitFrom(limit), std::chrono::microseconds(spin_us)));
            }),
-           py::arg("threads"), py::arg("cpus"), py::arg("limit"))
+           py::arg("threads"), py::arg("node_cpus"), py::arg("limit"), py::arg("spin_us") = ThreadPool::kSpin.count())
       .def_property_readonly("threads", &Engine::threads)
       .def_property_readonly("tier", [](const Engine& engine) { return TierName(engine.kernels().tier); })
       .def("take_bf16", &TakeBf16, py::arg("rows"), py::arg("columns"))
@@ -242,6 +252,8 @@ PYBIND11_MODULE(_native, m) {
   kt::BindEngine(m);
   m.def("available_tiers", &kt::AvailableTiers,
         "Names of the instruction tiers this CPU and this build have, lowest first.");
+  m.def("topology", &kt::MachineTopology, py::arg("system"), py::arg("usable"),
+        "[(node, package, [CPU, ...]) of each core] and [(number, bytes) of each node with memory]: cpu/topology.h.");
   m.def("cpu_model", &kt::CpuModel, "The CPU's own name.");
   m.def(
       "formats",

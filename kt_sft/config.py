@@ -198,3 +198,8 @@ def local_rank_and_size() -> tuple[int, int]:
 def openmp_wait_policy() -> str | None:
     """What `OMP_WAIT_POLICY` asks of torch's OpenMP threads: "active", "passive", or None where it is not set."""
     return os.environ.get("OMP_WAIT_POLICY", "").strip().lower() or None
+
+
+def openmp_threads() -> str | None:
+    """What `OMP_NUM_THREADS` asks of torch, or None where it is not set."""
+    return os.environ.get("OMP_NUM_THREADS", "").strip() or None

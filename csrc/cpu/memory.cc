@@ -1,7 +1,11 @@
 #include "cpu/memory.h"
 
 #include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
+#include <algorithm>
+#include <iterator>
 #include <new>
 #include <stdexcept>
 #include <utility>
@@ -20,13 +24,21 @@ size_t RoundToPages(size_t bytes) {
 
 Block::Block(size_t bytes) {
   if (bytes == 0) return;
-  const size_t size = RoundToPages(bytes);
-  void* const data = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (data == MAP_FAILED) throw std::bad_alloc();
+  const size_t size = RoundToPages(bytes), spare = size >= kHugePage ? kHugePage : 0;
+  void* const mapped = mmap(nullptr, size + spare, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (mapped == MAP_FAILED) throw std::bad_alloc();
+  uint8_t* data = static_cast<uint8_t*>(mapped);
+  if (spare > 0) {
+    // Older kernels do not align by themselves, and then no huge page fits the ends.
+    const size_t before = -reinterpret_cast<uintptr_t>(data) % kHugePage;
+    if (before > 0) munmap(data, before);
+    data += before;
+    if (before < spare) munmap(data + size, spare - before);
 #if defined(MADV_HUGEPAGE)
-  if (size >= kHugePage) madvise(data, size, MADV_HUGEPAGE);  // advice only: small pages work too
+    madvise(data, size, MADV_HUGEPAGE);  // advice only: small pages work too
 #endif
-  data_ = static_cast<uint8_t*>(data);
+  }
+  data_ = data;
   size_ = size;
 }
 
@@ -43,12 +55,33 @@ Block& Block::operator=(Block&& other) noexcept {
   return *this;
 }
 
+bool Block::PlaceOnNodes([[maybe_unused]] const std::vector<int>& nodes) const {
+#if defined(SYS_mbind)
+  constexpr int kPreferred = 1;  // MPOL_PREFERRED of <linux/mempolicy.h>: other nodes serve when this one is full
+  constexpr int kBits = 8 * sizeof(unsigned long);
+  // Parts end between huge pages, which lie on one node each.
+  const size_t page = size_ >= kHugePage ? kHugePage : 4096, pages = size_ / page;
+  bool agreed = !nodes.empty();
+  for (size_t n = 0; n < nodes.size(); ++n) {
+    const size_t first = pages * n / nodes.size() * page, end = pages * (n + 1) / nodes.size() * page;
+    if (first == end) continue;
+    std::vector<unsigned long> mask(static_cast<size_t>(nodes[n]) / kBits + 1, 0);
+    mask.back() = 1ul << (nodes[n] % kBits);
+    // The kernel takes one bit less than it is told.
+    agreed &= syscall(SYS_mbind, data_ + first, end - first, kPreferred, mask.data(), mask.size() * kBits + 1, 0) == 0;
+  }
+  return agreed;
+#else
+  return false;
+#endif
+}
+
 Block BlockPool::Take(size_t bytes) {
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     const auto found = kept_.lower_bound(bytes);
     if (found != kept_.end() && found->first <= RoundToPages(bytes) * 2) {
-      Block block = std::move(found->second);
+      Block block = std::move(found->second.block);
       kept_bytes_ -= block.size();
       kept_.erase(found);
       return block;
@@ -59,10 +92,16 @@ Block BlockPool::Take(size_t bytes) {
 
 void BlockPool::Give(Block block) {
   const std::lock_guard<std::mutex> lock(mutex_);
+  ++returns_;
+  for (auto kept = kept_.begin(); kept != kept_.end();) {
+    const bool stale = returns_ - kept->second.returned > kPatience;
+    if (stale) kept_bytes_ -= kept->first;
+    kept = stale ? kept_.erase(kept) : std::next(kept);
+  }
   const size_t size = block.size();
   if (size == 0 || kept_bytes_ + size > kKeptBytes) return;
   kept_bytes_ += size;
-  kept_.emplace(size, std::move(block));
+  kept_.emplace(size, Kept{std::move(block), returns_});
 }
 
 size_t BlockPool::kept_bytes() const {
@@ -72,9 +111,16 @@ size_t BlockPool::kept_bytes() const {
 
 void Arena::Reset(size_t bytes) {
   used_ = 0;
-  if (bytes <= block_.size()) return;
+  largest_ = std::max(largest_, bytes);
+  size_t wanted = std::max(bytes, block_.size());
+  if (++jobs_ == kPatience) {
+    if (block_.size() / 2 > RoundToPages(largest_)) wanted = largest_;
+    jobs_ = 0;
+    largest_ = 0;
+  }
+  if (wanted == block_.size()) return;
   block_ = Block();  // the old block goes first, so that both never exist at once
-  block_ = Block(bytes);
+  block_ = Block(wanted);
 }
 
 uint8_t* Arena::TakeBytes(size_t bytes) {

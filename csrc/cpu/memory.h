@@ -6,10 +6,12 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <vector>
 
 namespace kt {
 
-// One anonymous mapping. Untouched pages cost nothing.
+// One anonymous mapping. Untouched pages cost nothing. The pages the system reserves for MAP_HUGETLB are left alone:
+// few machines have any, and MADV_HUGEPAGE gives the same without.
 class Block {
  public:
   Block() = default;
@@ -22,16 +24,22 @@ class Block {
   uint8_t* data() const { return data_; }
   size_t size() const { return size_; }
 
+  // Asks for the pages of the n-th of nodes.size() equal parts to lie on NUMA node nodes[n], where it has room; before
+  // they are first touched. Does nothing without nodes. Says whether the kernel agreed: one without NUMA, or a
+  // container that may not say or not use a node, does not, and then pages lie where they are first touched.
+  bool PlaceOnNodes(const std::vector<int>& nodes) const;
+
  private:
   uint8_t* data_ = nullptr;
   size_t size_ = 0;
 };
 
 // Blocks that come and go with every layer call (retained activations): a returned block is kept for the next taker of
-// a similar size, up to `kKeptBytes` in all. Thread-safe.
+// a similar size, up to `kKeptBytes` in all and until `kPatience` blocks were returned after it. Thread-safe.
 class BlockPool {
  public:
   static constexpr size_t kKeptBytes = size_t{1} << 30;
+  static constexpr int64_t kPatience = 512;
 
   // A block of at least `bytes`, its content undefined.
   Block Take(size_t bytes);
@@ -39,15 +47,23 @@ class BlockPool {
   size_t kept_bytes() const;
 
  private:
+  struct Kept {
+    Block block;
+    int64_t returned;  // when, counted in returns
+  };
+
   mutable std::mutex mutex_;
-  std::multimap<size_t, Block> kept_;
+  std::multimap<size_t, Kept> kept_;  // by size
   size_t kept_bytes_ = 0;
+  int64_t returns_ = 0;
 };
 
-// Memory of one job: grows to the largest job seen and is handed out piece by piece, each piece aligned to a cache
-// line.
+// Memory of one job, handed out piece by piece, each piece aligned to a cache line. It grows to the largest job, and
+// shrinks to the largest of the last `kPatience` when they needed less than half of it.
 class Arena {
  public:
+  static constexpr int kPatience = 256;
+
   // Forgets all pieces; makes room for `bytes`, measured with Measure.
   void Reset(size_t bytes);
   // `count` values of type T, uninitialised.
@@ -64,6 +80,9 @@ class Arena {
 
   Block block_;
   size_t used_ = 0;
+  // Since the last look at whether to shrink.
+  int jobs_ = 0;
+  size_t largest_ = 0;
 };
 
 }  // namespace kt

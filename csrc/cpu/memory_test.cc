@@ -1,5 +1,9 @@
 #include "cpu/memory.h"
 
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <cerrno>
 #include <cstring>
 #include <new>
 #include <stdexcept>
@@ -23,6 +27,42 @@ TEST(BlocksAreZeroedAndMovable) {
 }
 
 TEST(ABlockNobodyCanHaveIsRefused) { CHECK_THROWS(Block(size_t{1} << 60), std::bad_alloc); }
+
+TEST(LargeBlocksStartAtAHugePage) {
+  for (const size_t bytes : {size_t{2} << 20, (size_t{5} << 20) + 1, size_t{64} << 20}) {
+    const Block block(bytes);
+    CHECK(reinterpret_cast<uintptr_t>(block.data()) % (size_t{2} << 20) == 0);
+    std::memset(block.data(), 1, block.size());  // all of it is there
+  }
+}
+
+TEST(PartsOfABlockAreAskedForOnTheirNodes) {
+#if defined(SYS_get_mempolicy)
+  // The policy of the page at an address: its mode, and the node it names.
+  const auto policy_at = [](const uint8_t* at, unsigned long& node) {
+    constexpr unsigned long kOfAddress = 2;  // MPOL_F_ADDR
+    unsigned long nodes[16] = {};
+    int mode = -1;
+    if (syscall(SYS_get_mempolicy, &mode, nodes, 8 * sizeof(nodes), at, kOfAddress) != 0) return -1;
+    node = nodes[0];
+    return mode;
+  };
+  Block block(size_t{8} << 20);
+  const bool agreed = block.PlaceOnNodes({0, 0});
+  unsigned long mask = 0;
+  const int mode = policy_at(block.data() + block.size() - 1, mask);
+  if (mode >= 0) {  // the kernel knows policies and lets us ask
+    CHECK(agreed && mode == 1 && mask == 1);
+    CHECK(policy_at(block.data(), mask) == 1 && mask == 1);
+  }
+#else
+  Block block(size_t{8} << 20);
+#endif
+  CHECK(!block.PlaceOnNodes({}));
+  CHECK(!block.PlaceOnNodes({0, 900}));  // no machine has that node
+  std::memset(block.data(), 1, block.size());
+  Block(1).PlaceOnNodes({0, 0, 0});  // fewer pages than nodes
+}
 
 TEST(ThePoolReusesBlocks) {
   BlockPool pool;
@@ -51,6 +91,37 @@ TEST(ThePoolKeepsABoundedAmount) {
     pool.Give(std::move(c));
     CHECK(pool.kept_bytes() <= BlockPool::kKeptBytes);
   }
+}
+
+TEST(ThePoolGivesBackWhatNobodyTakes) {
+  BlockPool pool;
+  pool.Give(pool.Take(size_t{64} << 20));
+  for (int64_t i = 0; i < BlockPool::kPatience; ++i) pool.Give(pool.Take(4096));
+  CHECK(pool.kept_bytes() > (size_t{64} << 20));
+  pool.Give(pool.Take(4096));
+  CHECK(pool.kept_bytes() < (size_t{1} << 20));
+}
+
+TEST(ArenaGivesBackWhatAFewLongJobsNeeded) {
+  Arena arena;
+  constexpr size_t kLong = size_t{64} << 20, kShort = size_t{3} << 20;
+  const auto run = [&arena](size_t bytes, int jobs) {
+    for (int i = 0; i < jobs; ++i) arena.Reset(bytes);
+  };
+  run(kLong, 1);
+  run(kShort, 2 * Arena::kPatience);  // a window that holds the long job, and one without it
+  CHECK(arena.capacity() >= kShort && arena.capacity() < 2 * kShort);
+  run(kLong, 1);
+  CHECK(arena.capacity() >= kLong);
+  // While long jobs come every now and then, it stays.
+  for (int i = 0; i < 10; ++i) {
+    run(kShort, Arena::kPatience - 1);
+    run(kLong, 1);
+    CHECK(arena.capacity() >= kLong);
+  }
+  // And while jobs differ by less than half.
+  run(kLong / 2, 3 * Arena::kPatience);
+  CHECK(arena.capacity() >= kLong);
 }
 
 TEST(ArenaPiecesAreAlignedAndApart) {

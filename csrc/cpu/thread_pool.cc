@@ -1,6 +1,6 @@
 #include "cpu/thread_pool.h"
 
-#include <chrono>
+#include <algorithm>
 
 #if defined(__linux__)
 #include <pthread.h>
@@ -10,32 +10,16 @@
 namespace kt {
 namespace {
 
-// How long a worker looks for the next round before it sleeps: longer than the gap between the stages of one layer, far
-// shorter than a layer.
-constexpr std::chrono::microseconds kSpin(60);
-
-void Pause() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#endif
-}
-
-// Spins until `done()` or until kSpin has passed; says whether it was done.
-template <class Done>
-bool SpinUntil(const Done& done) {
-  const auto deadline = std::chrono::steady_clock::now() + kSpin;
-  do {
-    for (int i = 0; i < 64; ++i) {
-      if (done()) return true;
-      Pause();
-    }
-  } while (std::chrono::steady_clock::now() < deadline);
-  return done();
-}
+// An entry without CPUs counts as one.
+int64_t Weight(const std::vector<int>& cpus) { return cpus.empty() ? 1 : static_cast<int64_t>(cpus.size()); }
 
 }  // namespace
 
-ThreadPool::ThreadPool(int threads, std::vector<int> cpus) : cpus_(std::move(cpus)) {
+ThreadPool::ThreadPool(int threads, std::vector<std::vector<int>> node_cpus, std::chrono::microseconds spin)
+    : threads_(threads),
+      node_cpus_(node_cpus.empty() ? std::vector<std::vector<int>>(1) : std::move(node_cpus)),
+      spin_(spin),
+      queues_(std::make_unique<Queue[]>(node_cpus_.size())) {
   try {
     for (int worker = 1; worker < threads; ++worker) workers_.emplace_back([this, worker] { WorkerLoop(worker); });
   } catch (...) {  // the system grants no more threads
@@ -55,56 +39,85 @@ void ThreadPool::Stop() {
   for (std::thread& worker : workers_) worker.join();
 }
 
-void ThreadPool::PinCaller() const { Pin(0); }
+int ThreadPool::FirstWorker(int node) const {
+  int64_t before = 0, all = 0;
+  for (int n = 0; n < nodes(); ++n) {
+    const int64_t weight = Weight(node_cpus_[static_cast<size_t>(n)]);
+    all += weight;
+    if (n < node) before += weight;
+  }
+  return static_cast<int>((threads_ * before + all / 2) / all);
+}
 
-void ThreadPool::Pin([[maybe_unused]] int worker) const {
+int ThreadPool::NodeOf(int worker) const {
+  int node = 0;
+  while (worker >= FirstWorker(node + 1)) ++node;
+  return node;
+}
+
+void ThreadPool::Place([[maybe_unused]] int worker) const {
 #if defined(__linux__)
-  if (cpus_.empty()) return;
-  cpu_set_t set;
-  CPU_ZERO(&set);
-  CPU_SET(cpus_[worker % cpus_.size()], &set);
-  pthread_setaffinity_np(pthread_self(), sizeof(set), &set);  // a CPU taken away meanwhile leaves the thread unpinned
+  const std::vector<int>& cpus = node_cpus_[static_cast<size_t>(NodeOf(worker))];
+  if (cpus.empty()) return;
+  const int most = *std::max_element(cpus.begin(), cpus.end()) + 1;
+  cpu_set_t* const set = CPU_ALLOC(most);
+  if (set == nullptr) return;
+  const size_t bytes = CPU_ALLOC_SIZE(most);
+  CPU_ZERO_S(bytes, set);
+  for (const int cpu : cpus) CPU_SET_S(cpu, bytes, set);
+  pthread_setaffinity_np(pthread_self(), bytes, set);  // where CPUs were taken away meanwhile, it runs anywhere
+  CPU_FREE(set);
 #endif
 }
 
-void ThreadPool::RunErased(int64_t tasks, Invoke invoke, const void* function) {
+void ThreadPool::RunQueues(Invoke invoke, const void* function) {
+  const int64_t tasks = queues_[nodes() - 1].end;
   if (tasks <= 0) return;
   if (workers_.empty() || tasks == 1) {
     for (int64_t task = 0; task < tasks; ++task) invoke(function, task, 0);
     return;
   }
-  tasks_ = tasks;
+  for (int node = 0; node < nodes(); ++node) {
+    queues_[node].next.store(node == 0 ? 0 : queues_[node - 1].end, std::memory_order_relaxed);
+  }
   invoke_ = invoke;
   function_ = function;
-  next_task_.store(0, std::memory_order_relaxed);
   const uint64_t round = gate_.load(std::memory_order_relaxed) / kRound + 1;
-  gate_.store(round * kRound +
-              kOpen);  // sequentially consistent: a worker sees the open gate, or we see that it sleeps
+  // Sequentially consistent: a worker sees the open gate, or we see that it sleeps.
+  gate_.store(round * kRound + kOpen);
   if (sleepers_.load() > 0) {
     {
       const std::lock_guard<std::mutex> lock(mutex_);
     }
     wake_.notify_all();
   }
-  DrainTasks(0);
+  DrainQueues(0);
   gate_.fetch_sub(kOpen);
-  const auto empty = [this] { return gate_.load(std::memory_order_acquire) % kRound == 0; };
-  while (!SpinUntil(empty)) std::this_thread::yield();
+  const auto empty = [this] { return gate_.load() % kRound == 0; };
+  if (SpinUntil(empty)) return;
+  std::unique_lock<std::mutex> lock(mutex_);
+  caller_sleeps_.store(true);
+  left_.wait(lock, empty);
+  caller_sleeps_.store(false);
 }
 
-void ThreadPool::DrainTasks(int worker) {
-  for (;;) {
-    const int64_t task = next_task_.fetch_add(1, std::memory_order_relaxed);
-    if (task >= tasks_) return;
-    invoke_(function_, task, worker);
+void ThreadPool::DrainQueues(int worker) {
+  const int own = NodeOf(worker);
+  for (int i = 0; i < nodes(); ++i) {
+    Queue& queue = queues_[(own + i) % nodes()];
+    for (;;) {
+      const int64_t task = queue.next.fetch_add(1, std::memory_order_relaxed);
+      if (task >= queue.end) break;
+      invoke_(function_, task, worker);
+    }
   }
 }
 
 void ThreadPool::WorkerLoop(int worker) {
-  Pin(worker);
+  Place(worker);
   uint64_t last_round = 0;
   const auto called = [this, &last_round] {
-    const uint64_t gate = gate_.load();  // sequentially consistent, as in RunErased
+    const uint64_t gate = gate_.load();  // sequentially consistent, as in RunQueues
     return ((gate & kOpen) != 0 && gate / kRound != last_round) || stopping_.load();
   };
   for (;;) {
@@ -120,8 +133,13 @@ void ThreadPool::WorkerLoop(int worker) {
     }
     last_round = gate / kRound;
     if ((gate & kOpen) == 0) continue;  // over before we were there
-    DrainTasks(worker);
-    gate_.fetch_sub(kWorker, std::memory_order_release);
+    DrainQueues(worker);
+    // Sequentially consistent: the caller sees that the last one left, or we see that it sleeps.
+    if ((gate_.fetch_sub(kWorker) - kWorker) % kRound != 0 || !caller_sleeps_.load()) continue;
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+    }
+    left_.notify_one();
   }
 }
 

@@ -1,7 +1,8 @@
 #include "moe/engine.h"
 
+#include <time.h>
+
 #include <algorithm>
-#include <chrono>
 
 namespace kt {
 namespace {
@@ -9,6 +10,18 @@ namespace {
 using Clock = std::chrono::steady_clock;
 
 double SecondsSince(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
+
+// Time that this thread ran: unlike a clock it stands still while somebody else has the CPU.
+double ThreadSeconds() {
+  timespec time;
+  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &time);
+  return static_cast<double>(time.tv_sec) + 1e-9 * static_cast<double>(time.tv_nsec);
+}
+
+double Median(std::vector<double> values) {
+  std::nth_element(values.begin(), values.begin() + static_cast<int64_t>(values.size() / 2), values.end());
+  return values[values.size() / 2];
+}
 
 }  // namespace
 
@@ -32,9 +45,9 @@ void Ticket::Finish(std::exception_ptr error) {
   finished_.notify_all();
 }
 
-Engine::Engine(int threads, const std::vector<int>& cpus, Tier limit)
+Engine::Engine(int threads, const std::vector<std::vector<int>>& node_cpus, Tier limit, std::chrono::microseconds spin)
     : kernels_(*BestKernels(limit)),
-      pool_(std::max(1, threads), cpus),
+      pool_(std::max(1, threads), node_cpus, spin),
       pass_(kernels_, pool_),
       blocks_(std::make_shared<BlockPool>()),
       thread_([this] { Loop(); }) {}
@@ -43,14 +56,17 @@ Engine::~Engine() {
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     stopping_ = true;
+    calls_.fetch_add(1);
   }
   wake_.notify_all();
   thread_.join();
 }
 
 void Engine::Loop() {
-  pool_.PinCaller();
+  pool_.PlaceCaller();
   for (;;) {
+    // The next layer's call often follows within the time that waking up would take.
+    pool_.SpinUntil([this] { return calls_.load(std::memory_order_relaxed) > 0; });
     Job job;
     {
       std::unique_lock<std::mutex> lock(mutex_);
@@ -58,6 +74,7 @@ void Engine::Loop() {
       if (jobs_.empty()) return;
       job = std::move(jobs_.front());
       jobs_.pop_front();
+      calls_.fetch_sub(1);
     }
     std::exception_ptr error;
     try {
@@ -74,6 +91,7 @@ std::shared_ptr<Ticket> Engine::Submit(std::function<void()> work) {
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     jobs_.push_back({std::move(work), ticket});
+    calls_.fetch_add(1);
   }
   wake_.notify_one();
   return ticket;
@@ -116,28 +134,34 @@ MachinePeak Engine::Peak() {
 }
 
 MachinePeak Engine::MeasurePeak() {
-  MachinePeak peak;
-  constexpr int kTrials = 5;
-  constexpr int64_t kSteps = 200000, kPieces = 64;
+  constexpr int kTrials = 9;
+  constexpr int64_t kSteps = 50000, kPiece = int64_t{4} << 20;
+  std::vector<double> rates;
+  std::vector<double> of_thread(static_cast<size_t>(pool_.threads()));
   for (int trial = 0; trial < kTrials; ++trial) {
-    const Clock::time_point start = Clock::now();
-    const double flops = kernels_.register_products(kSteps);
-    peak.product_flops = std::max(peak.product_flops, flops / SecondsSince(start));
-  }
-  // Several times the last-level caches that one process may count on.
-  const Block block(size_t{256} << 20);
-  const int64_t piece = static_cast<int64_t>(block.size()) / kPieces;
-  pool_.Run(kPieces, [&](int64_t p, int) { std::fill_n(block.data() + p * piece, piece, uint8_t{1}); });
-  std::vector<float> sums(static_cast<size_t>(kPieces));
-  for (int trial = 0; trial < kTrials; ++trial) {
-    const Clock::time_point start = Clock::now();
-    pool_.Run(kPieces, [&](int64_t p, int) {
-      sums[static_cast<size_t>(p)] =
-          kernels_.read_sum(reinterpret_cast<const float*>(block.data() + p * piece), piece / 4);
+    // All at once, as they would work: a CPU clocks lower when all its cores multiply.
+    pool_.Run(pool_.threads(), [&](int64_t thread, int) {
+      const double start = ThreadSeconds();
+      const double flops = kernels_.register_products(kSteps);
+      of_thread[static_cast<size_t>(thread)] = flops / (ThreadSeconds() - start);
     });
-    peak.read_bandwidth = std::max(peak.read_bandwidth, static_cast<double>(block.size()) / SecondsSince(start));
+    rates.insert(rates.end(), of_thread.begin(), of_thread.end());
   }
-  return peak;
+  // More than the last-level caches hold: up to 16 MiB for each core, and some CPUs have plenty for few cores.
+  const int64_t pieces = std::clamp<int64_t>(4 * pool_.threads(), 64, 256);
+  const Block block(static_cast<size_t>(pieces * kPiece));
+  pool_.Run(pieces, [&](int64_t p, int) { std::fill_n(block.data() + p * kPiece, kPiece, uint8_t{1}); });
+  std::vector<float> sums(static_cast<size_t>(pieces));
+  std::vector<double> bandwidths;
+  for (int trial = 0; trial < kTrials; ++trial) {
+    const Clock::time_point start = Clock::now();
+    pool_.Run(pieces, [&](int64_t p, int) {
+      sums[static_cast<size_t>(p)] =
+          kernels_.read_sum(reinterpret_cast<const float*>(block.data() + p * kPiece), kPiece / 4);
+    });
+    bandwidths.push_back(static_cast<double>(block.size()) / SecondsSince(start));
+  }
+  return {Median(std::move(rates)), Median(std::move(bandwidths))};
 }
 
 }  // namespace kt

@@ -1,6 +1,8 @@
 // The engine: one queue of layer calls, worked off in order by one pool of threads.
 #pragma once
 
+#include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <deque>
 #include <exception>
@@ -38,15 +40,17 @@ struct EngineStats {
   int64_t scratch_bytes = 0, kept_bytes = 0;
 };
 
+// Medians of a few trials.
 struct MachinePeak {
-  double product_flops = 0;   // per second and thread: the tier's multiply-add on registers
+  double product_flops = 0;   // per second and thread while all are at it: the tier's multiply-add on registers
   double read_bandwidth = 0;  // bytes per second of all threads together, from memory
 };
 
 class Engine {
  public:
-  // Threads pinned to `cpus` (empty: not pinned), with the best tier that is not above `limit`.
-  Engine(int threads, const std::vector<int>& cpus, Tier limit);
+  // Threads, nodes and spin time as in ThreadPool, with the best tier that is not above `limit`.
+  Engine(int threads, const std::vector<std::vector<int>>& node_cpus, Tier limit,
+         std::chrono::microseconds spin = ThreadPool::kSpin);
   // Finishes what was submitted.
   ~Engine();
   Engine(const Engine&) = delete;
@@ -87,6 +91,7 @@ class Engine {
   std::condition_variable wake_;
   std::deque<Job> jobs_;
   bool stopping_ = false;
+  std::atomic<int> calls_{0};  // jobs in the queue, and the call to stop
   EngineStats stats_;
   std::thread thread_;  // last: starts when everything else stands
 };

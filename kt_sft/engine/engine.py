@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import atexit
 import logging
+import math
 import os
 import threading
 from typing import Any
 
-from kt_sft.config import MOST_THREADS, TIERS, ConfigError, requested_tier
+import torch
+
+from kt_sft.config import MOST_THREADS, TIERS, ConfigError, openmp_threads, requested_tier
 from kt_sft.engine import _native  # type: ignore[attr-defined]
-from kt_sft.engine.cpus import engine_cpus
+from kt_sft.engine.cpus import SPIN_MICROSECONDS, cgroup_cpu_limit, engine_cpus, granted_cpus, oversubscribed
 
 logger = logging.getLogger(__name__)
 
@@ -42,13 +45,15 @@ def get_engine(num_threads: int | None = None) -> Any:
 
 
 def _start(num_threads: int | None, limit: str | None) -> Any:
-    threads, cpus = engine_cpus(num_threads)
+    threads, node_cpus = engine_cpus(num_threads)
     if threads > MOST_THREADS:
         raise ConfigError(f"kt_sft: num_threads is {threads}; at most {MOST_THREADS} are possible")
     if (threads, limit) not in _engines:
         _warn_if_lowered(limit)
+        _fit_torch_to_container()
+        spin = 0 if oversubscribed(threads) else SPIN_MICROSECONDS
         try:
-            _engines[threads, limit] = _native.Engine(threads, cpus, limit)
+            _engines[threads, limit] = _native.Engine(threads, node_cpus, limit, spin)
         except RuntimeError as error:
             raise ConfigError(
                 f"kt_sft: cannot start {threads} engine threads ({error}); set num_threads lower"
@@ -65,6 +70,22 @@ def _warn_if_lowered(limit: str | None) -> None:
     available = available_tiers()
     if limit is not None and TIERS.index(limit) > TIERS.index(available[-1]):
         logger.warning("KT_SFT_ISA=%s is above what this machine offers; using %s", limit, available[-1])
+
+
+def _fit_torch_to_container() -> None:
+    # torch counts the CPUs it sees. Where a container grants less time than that, its threads use it up waiting for
+    # each other, and the engine's wait with them.
+    granted = max(1, math.ceil(granted_cpus()))
+    if cgroup_cpu_limit() is None or openmp_threads() is not None or torch.get_num_threads() <= granted:
+        return
+    logger.warning(
+        "kt_sft: the container grants %d CPUs' worth of time, so torch now uses %d threads instead of %d; "
+        "set OMP_NUM_THREADS to choose otherwise",
+        granted,
+        granted,
+        torch.get_num_threads(),
+    )
+    torch.set_num_threads(granted)
 
 
 @atexit.register

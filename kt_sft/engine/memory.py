@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
+
+from kt_sft.engine.cgroups import OWN, ROOT, group_folders
 
 #: Version 1 of control groups writes "no limit" as a number above this.
 _NO_LIMIT = 1 << 60
@@ -14,15 +15,15 @@ def available_bytes() -> int | None:
 
     None where the system does not say.
     """
-    limits = [
-        limit for limit in (_host(Path("/proc/meminfo")), _cgroup(Path("/proc/self/cgroup"))) if limit is not None
-    ]
+    limits = [limit for limit in (_host(Path("/proc/meminfo")), _cgroup()) if limit is not None]
     return min(limits, default=None)
 
 
-def limit_bytes(own: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> int | None:
+def limit_bytes(own: Path = OWN, root: Path = ROOT) -> int | None:
     """Bytes that the tightest control group above this process allows in all, or None without a limit."""
-    files = [folder / ("memory.limit_in_bytes" if v1 else "memory.max") for folder, v1 in _groups(own, root)]
+    files = [
+        folder / ("memory.limit_in_bytes" if v1 else "memory.max") for folder, v1 in group_folders("memory", own, root)
+    ]
     limits = [_number(file) for file in files]
     return min((limit for limit in limits if limit is not None and limit < _NO_LIMIT), default=None)
 
@@ -37,29 +38,10 @@ def _host(meminfo: Path) -> int | None:
     return None
 
 
-def _cgroup(own: Path, root: Path = Path("/sys/fs/cgroup")) -> int | None:
+def _cgroup(own: Path = OWN, root: Path = ROOT) -> int | None:
     """The tightest remaining allowance of this process's control group and those above it (v1 and v2)."""
-    allowances = [_v1(folder) if v1 else _v2(folder) for folder, v1 in _groups(own, root)]
+    allowances = [_v1(folder) if v1 else _v2(folder) for folder, v1 in group_folders("memory", own, root)]
     return min((allowance for allowance in allowances if allowance is not None), default=None)
-
-
-def _groups(own: Path, root: Path) -> Iterator[tuple[Path, bool]]:
-    """The folders of this process's control group and those above it, and whether they are of version 1."""
-    try:
-        lines = own.read_text().splitlines()
-    except OSError:
-        return
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        base = root / "memory" if controllers else root
-        yield from ((folder, bool(controllers)) for folder in _upwards(base, path))
-
-
-def _upwards(base: Path, path: str) -> list[Path]:
-    relative = Path(path.lstrip("/"))
-    return [base, *(base / part for part in [relative, *relative.parents] if part != Path("."))]
 
 
 def _v2(folder: Path) -> int | None:

@@ -1,4 +1,4 @@
-"""The engine's face: tier choice, threads, CPUs, memory limits, forks."""
+"""The engine's face: tier choice, threads, forks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import torch
 
 import kt_sft
 from kt_sft.config import TIERS, ConfigError
-from kt_sft.engine import cpus
 from kt_sft.engine.engine import available_tiers, get_engine
 
 
@@ -88,67 +87,3 @@ except ConfigError as error:
 """
     run = subprocess.run([sys.executable, "-c", program], timeout=120, check=True, capture_output=True, text=True)
     assert "cannot start 500 engine threads" in run.stdout
-
-
-class TestCpus:
-    @pytest.fixture(autouse=True)
-    def machine(self, monkeypatch):
-        monkeypatch.setattr(cpus, "usable_cpus", lambda: list(range(8)))
-        monkeypatch.setattr(cpus, "cgroup_cpu_limit", lambda: None)
-        monkeypatch.setattr(cpus, "numa_nodes", lambda: 2)
-        monkeypatch.delenv("LOCAL_RANK", raising=False)
-        monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-
-    def test_a_lone_process_takes_and_pins_all(self):
-        assert cpus.engine_cpus(None) == (8, list(range(8)))
-
-    def test_where_all_memory_is_equally_near_threads_are_not_pinned(self, monkeypatch):
-        monkeypatch.setattr(cpus, "numa_nodes", lambda: 1)
-        assert cpus.engine_cpus(None) == (8, [])
-
-    def test_fewer_or_more_threads_are_not_pinned(self):
-        assert cpus.engine_cpus(3) == (3, [])
-        assert cpus.engine_cpus(20) == (20, [])
-
-    @pytest.mark.parametrize(("rank", "share"), [(0, [0, 1]), (1, [2, 3, 4]), (2, [5, 6, 7])])
-    def test_processes_of_a_launcher_divide_them(self, monkeypatch, rank, share):
-        monkeypatch.setenv("LOCAL_RANK", str(rank))
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
-        assert cpus.engine_cpus(None) == (len(share), share)
-
-    def test_more_processes_than_cpus_still_get_one_each(self, monkeypatch):
-        monkeypatch.setenv("LOCAL_RANK", "9")
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", "12")
-        threads, pinned = cpus.engine_cpus(None)
-        assert threads == 1
-        assert len(pinned) == 1
-
-    def test_a_containers_limit_counts(self, monkeypatch):
-        monkeypatch.setattr(cpus, "cgroup_cpu_limit", lambda: 2.5)
-        assert cpus.engine_cpus(None) == (3, [])
-
-
-@pytest.mark.parametrize(
-    ("files", "limit"),
-    [
-        ({"cpu.max": "max 100000"}, None),
-        ({"cpu.max": "250000 100000"}, 2.5),
-        ({"cpu/cpu.cfs_quota_us": "150000", "cpu/cpu.cfs_period_us": "100000"}, 1.5),
-        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, None),
-        ({}, None),
-    ],
-)
-def test_cgroup_cpu_limit(tmp_path, files, limit):
-    for name, content in files.items():
-        path = tmp_path / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(content)
-    assert cpus.cgroup_cpu_limit(tmp_path) == limit
-
-
-def test_numa_nodes_are_counted(tmp_path):
-    assert cpus.numa_nodes(tmp_path) == 1
-    for node in range(3):
-        (tmp_path / f"node{node}").mkdir()
-    (tmp_path / "possible").mkdir()
-    assert cpus.numa_nodes(tmp_path) == 3
