@@ -104,6 +104,7 @@ void Pass::MultiplyColumns(const WeightColumns& w, const WeightColumns* next, Fo
       }
     }
   }
+  EndProducts();
 }
 
 void Pass::DownBackward(const Chunk& chunk, const char* grad, int64_t grad_stride, char* d_pre, float* inner) {

@@ -115,6 +115,7 @@ void Pass::MultiplyRows(const WeightRows* matrices, int count, const WeightRows*
       }
     }
   }
+  EndProducts();
 }
 
 void Pass::PackHidden(const Chunk& chunk, const Panels& x) {

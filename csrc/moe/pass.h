@@ -83,6 +83,10 @@ class Pass {
   void MultiplyColumns(const WeightColumns& w, const WeightColumns* next, Format format, int64_t a_rows, const char* a,
                        int64_t a_stride, float* c, int64_t c_stride, bool accumulate, char* panels) const;
 
+  void EndProducts() const {
+    if (kernels_.end_products != nullptr) kernels_.end_products();
+  }
+
   // A forward task decodes this many tiles of weight rows, for all tokens of its block. In rows that is a multiple of
   // every tier's vector length, so that transposed results are stored in whole vectors.
   static constexpr int64_t kTilesPerTask = 4;

@@ -1,67 +1,8 @@
 // AVX-512 with BF16 dot products (Zen 4 and 5, Cooper Lake, Sapphire Rapids and later).
-#include "tiers/avx512_ops.h"
+#include "tiers/avx512_bf16_ops.h"
 #include "tiers/kernels.inl"
-
-namespace {
-
-struct Ops : Avx512Vectors {
-  using Element = kt::Bf16;
-  using Panel = __m512i;
-  static constexpr int kPair = 2;
-  static constexpr bool kScaleProducts = true;
-  // 24 accumulators leave room for two panel vectors and a broadcast in the 32 registers.
-  static constexpr int kTileRows = 12, kTileVectors = 2;
-
-  static Panel LoadPanel(const Element* p) { return _mm512_loadu_si512(p); }
-  static Panel Broadcast(const Element* p) {
-    int32_t pair;
-    std::memcpy(&pair, p, sizeof(pair));
-    return _mm512_set1_epi32(pair);
-  }
-  static F MultiplyAdd(F sum, Panel a, Panel b) {
-    return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
-  }
-
-  // One instruction rounds to nearest even; denormals become zero, as in the products.
-  static __m256i RoundToBf16(F x) { return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x)); }
-  static void StoreBf16(Element* p, F x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), RoundToBf16(x)); }
-
-  static void ElementsFromBf16(const uint8_t* src, int64_t count, Element* out) { std::memcpy(out, src, count * 2); }
-  static void StoreElements(F x, Element* out) { StoreBf16(out, x); }
-
-  static void StoreHalves(F first, F second, Element* out) {
-    _mm512_storeu_si512(out, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first)));
-  }
-  static void StoreInterleaved(F even, F odd, Element* out) {
-    Store(reinterpret_cast<float*>(out), PackBf16(even, odd));
-  }
-
-  static F PackBf16(F even, F odd) {
-    const __m512i both = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(odd, even));  // 16 of `even`, then 16 of `odd`
-    return _mm512_castsi512_ps(_mm512_permutexvar_epi16(_mm512_loadu_si512(kInterleave), both));
-  }
-  static void StoreActivation(Element* out, int, F even, F odd, bool) {
-    Store(reinterpret_cast<float*>(out), PackBf16(even, odd));
-  }
-
-  static void InterleaveRows(Element* out, const Element* row0, const Element* row1) {
-    const __m512i low = _mm512_loadu_si512(row0), high = _mm512_loadu_si512(row1);
-    // Within each 256-bit half of the inputs, to two vectors.
-    const __m512i first = _mm512_inserti64x4(low, _mm512_castsi512_si256(high), 1);
-    const __m512i second = _mm512_inserti64x4(high, _mm512_extracti64x4_epi64(low, 1), 0);
-    _mm512_storeu_si512(out, _mm512_permutexvar_epi16(_mm512_loadu_si512(kInterleave), first));
-    _mm512_storeu_si512(out + 32, _mm512_permutexvar_epi16(_mm512_loadu_si512(kInterleave), second));
-  }
-
-  // 0, 16, 1, 17, ...: the halves of a vector, interleaved.
-  alignas(64) static constexpr uint16_t kInterleave[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
-                                                           21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
-                                                           11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-};
-
-}  // namespace
 
 namespace kt {
 extern const TierKernels kAvx512Bf16Kernels;
-constexpr TierKernels kAvx512Bf16Kernels = Kernels<Ops>::Table(Tier::kAvx512Bf16);
+constexpr TierKernels kAvx512Bf16Kernels = Kernels<Avx512Bf16Ops>::Table(Tier::kAvx512Bf16);
 }  // namespace kt

@@ -7,6 +7,7 @@ extern const TierKernels kPortableKernels;
 extern const TierKernels kAvx2Kernels;
 extern const TierKernels kAvx512Kernels;
 extern const TierKernels kAvx512Bf16Kernels;
+extern const TierKernels kAmxKernels;
 #endif
 
 const TierKernels* KernelsOf(Tier tier) {
@@ -20,6 +21,8 @@ const TierKernels* KernelsOf(Tier tier) {
       return &kAvx512Kernels;
     case Tier::kAvx512Bf16:
       return &kAvx512Bf16Kernels;
+    case Tier::kAmx:
+      return &kAmxKernels;
 #endif
     default:
       return nullptr;

@@ -78,6 +78,10 @@ struct TierKernels {
   void (*multiply)(const void* a, int64_t a_stride, int64_t rows, const void* panel, int width, int64_t depth,
                    const RowScales& scales, float* c, int64_t c_stride, bool accumulate);
 
+  // Gives up what products leave configured in the calling thread, for its next product to set up again; null where
+  // there is nothing. To be called before the thread does other things.
+  void (*end_products)();
+
   ActivateFn activate[2][kActivationCount];  // [gated][activation]; null where there is no such expert
   ActivateRowFn activate_row[2][kActivationCount];
   ActivateBackwardFn activate_backward[2][kActivationCount];

@@ -1,0 +1,123 @@
+// AMX tiles in plain C++, for tests: what the instructions do as Intel's manual documents it (Intel 64 and IA-32
+// Architectures Software Developer's Manual, volume 2, LDTILECFG, TILELOADD, TILESTORED, TDPBF16PS), and an abort where
+// they would fault. Not modelled: which of several NaNs' payloads survives, and a result that rounds up to the smallest
+// normal number, which the hardware may have taken for a denormal one.
+#pragma once
+
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+
+#include "cpu/numeric.h"
+#include "tiers/amx_tiles.h"
+
+namespace {
+
+class EmulatedTiles {
+ public:
+  static void Configure(const kt::TileConfig& config) {
+    AbortOn(ConfigFault(config));
+    config_ = config;
+    std::memset(data_, 0, sizeof(data_));
+  }
+
+  static void Release() { config_ = kNone; }
+
+  template <int kTile>
+  static void Zero() {
+    AbortOn(TileFault(config_, kTile));
+    std::memset(data_[kTile], 0, sizeof(data_[kTile]));
+  }
+
+  template <int kTile>
+  static void Load(const void* from, int64_t stride) {
+    Zero<kTile>();  // rows and bytes beyond the tile's shape
+    for (int r = 0; r < config_.rows[kTile]; ++r)
+      std::memcpy(data_[kTile][r], static_cast<const char*>(from) + r * stride, config_.row_bytes[kTile]);
+  }
+
+  template <int kTile>
+  static void Store(void* to, int64_t stride) {
+    AbortOn(TileFault(config_, kTile));
+    for (int r = 0; r < config_.rows[kTile]; ++r)
+      std::memcpy(static_cast<char*>(to) + r * stride, data_[kTile][r], config_.row_bytes[kTile]);
+  }
+
+  // TDPBF16PS: the products of the even halves of all pairs are summed, and those of the odd halves, each with one
+  // rounding; then the two sums together, and that to C.
+  template <int kC, int kA, int kB>
+  static void MultiplyBf16() {
+    AbortOn(MultiplyFault(config_, kC, kA, kB));
+    for (int m = 0; m < config_.rows[kC]; ++m) {
+      for (int n = 0; n < config_.row_bytes[kC] / 4; ++n) {
+        float sum[2] = {0, 0};
+        for (int k = 0; k < config_.row_bytes[kA] / 4; ++k) {
+          for (int half = 0; half < 2; ++half) {
+            const float a = Flush(kt::LoadAsFloat(data_[kA][m], kt::DType::kBf16, 2 * k + half));
+            const float b = Flush(kt::LoadAsFloat(data_[kB][k], kt::DType::kBf16, 2 * n + half));
+            sum[half] = Flush(__builtin_fmaf(a, b, sum[half]));
+          }
+        }
+        const float c = Flush(kt::LoadAsFloat(data_[kC][m], kt::DType::kF32, n));
+        kt::StoreFromFloat(data_[kC][m], kt::DType::kF32, n, Flush(c + Flush(sum[0] + sum[1])));
+      }
+      std::memset(data_[kC][m] + config_.row_bytes[kC], 0, sizeof(data_[kC][m]) - config_.row_bytes[kC]);
+    }
+    for (int m = config_.rows[kC]; m < kt::TileConfig::kMostRows; ++m)
+      std::memset(data_[kC][m], 0, sizeof(data_[kC][m]));
+  }
+
+  // Why the instruction would fault, or null. LDTILECFG:
+  static const char* ConfigFault(const kt::TileConfig& config) {
+    using Limits = kt::TileConfig;
+    if (config.palette != 1) return "the palette is not 1";
+    if (config.start_row != 0) return "an interrupted load is continued";
+    for (const uint8_t byte : config.reserved) {
+      if (byte != 0) return "a reserved byte is set";
+    }
+    for (int i = 0; i < 16; ++i) {
+      const int rows = config.rows[i], bytes = config.row_bytes[i];
+      if (i >= Limits::kTiles && (rows != 0 || bytes != 0)) return "there are 8 tiles";
+      if (rows > Limits::kMostRows) return "a tile has more than 16 rows";
+      if (bytes > Limits::kMostRowBytes) return "a tile's row has more than 64 bytes";
+      if ((rows == 0) != (bytes == 0)) return "a tile has rows without bytes, or bytes without rows";
+    }
+    return nullptr;
+  }
+
+  // Any use of a tile:
+  static const char* TileFault(const kt::TileConfig& config, int tile) {
+    return config.rows[tile] == 0 ? "a tile is used that is not configured" : nullptr;
+  }
+
+  // TDPBF16PS:
+  static const char* MultiplyFault(const kt::TileConfig& config, int c, int a, int b) {
+    if (c == a || c == b || a == b) return "a tile is used twice";
+    const int tiles[] = {c, a, b};
+    for (const int tile : tiles) {
+      if (const char* const fault = TileFault(config, tile)) return fault;
+      if (config.row_bytes[tile] % 4 != 0) return "a tile's row ends within a pair";
+    }
+    if (config.rows[c] != config.rows[a]) return "C and A differ in rows";
+    if (config.row_bytes[c] != config.row_bytes[b]) return "C and B differ in columns";
+    if (config.row_bytes[a] != 4 * config.rows[b]) return "A and B differ in depth";
+    return nullptr;
+  }
+
+ private:
+  // Denormals are zeros, as input and as output.
+  static float Flush(float x) { return __builtin_fabsf(x) < 0x1p-126F ? __builtin_copysignf(0.0F, x) : x; }
+
+  static void AbortOn(const char* fault) {
+    if (fault == nullptr) return;
+    std::fprintf(stderr, "an AMX instruction would fault: %s\n", fault);
+    std::abort();
+  }
+
+  static constexpr kt::TileConfig kNone = {};  // no tile has any rows
+  static inline thread_local kt::TileConfig config_ = kNone;
+  static inline thread_local uint8_t data_[kt::TileConfig::kTiles][kt::TileConfig::kMostRows]
+                                          [kt::TileConfig::kMostRowBytes] = {};
+};
+
+}  // namespace
