@@ -186,8 +186,8 @@ class CpuExperts(nn.Module):
             gate_up_proj: [E, 2I, H], gate rows first; [E, I, H] for ungated experts. FP32, FP16 or BF16, any device.
             down_proj: [E, H, I].
             config: Settings; None for the defaults.
-            activation: "silu", "gelu", "gelu_pytorch_tanh", "relu2" or "swiglu_oai" (gpt-oss:
-                clamp 7, alpha 1.702, up + 1).
+            activation: "silu", "gelu", "gelu_pytorch_tanh", "relu2" or "swiglu_oai" (gpt-oss' clamped SwiGLU: clamp 7,
+                alpha 1.702, up + 1).
             gate_up_bias: [E, 2I] ([E, I] ungated).
             down_bias: [E, H].
 
@@ -226,8 +226,10 @@ class CpuExperts(nn.Module):
         return get_engine(self.config.num_threads)
 
     def dequantized(self) -> tuple[Tensor, Tensor]:
-        """FP32 gate_up [E, 2I, H] ([E, I, H] ungated) and down [E, H, I]: what the kernels effectively multiply by,
-        without biases.
+        """What the kernels effectively multiply by, without biases.
+
+        Returns:
+            FP32 gate_up [E, 2I, H], gate rows first ([E, I, H] ungated), and down [E, H, I].
         """
         return self.store.dequantized()
 
@@ -292,6 +294,29 @@ class CpuExperts(nn.Module):
             )
         if not top_k_weights.is_floating_point():
             raise TypeError(f"kt_sft: top_k_weights has dtype {top_k_weights.dtype}; use a floating point dtype")
+
+    def requires_grad_(self, requires_grad: bool = True) -> CpuExperts:
+        """As every module's. Asked to train, there is nothing that could: PEFT's `modules_to_save` asks so.
+
+        Raises:
+            ValueError: `requires_grad` is true.
+        """
+        if requires_grad:
+            raise ValueError(
+                "kt_sft: routed experts stay frozen in the engine and cannot be trained themselves; take them out of "
+                "modules_to_save (additional_target in a recipe)"
+            )
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        # Neither strict=False nor PEFT, which always passes it, says a word about tensors that nobody takes.
+        given = next((key for key in state_dict if key.startswith(prefix)), None)
+        if given is not None:
+            raise ValueError(
+                f"kt_sft: {given} is a weight of routed experts, which stay frozen in the engine and take none; load a "
+                "state dict or an adapter without them, or use the model without kt_sft"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:
         """What `print(model)` shows of this layer."""

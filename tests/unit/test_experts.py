@@ -1,4 +1,4 @@
-"""CpuExperts as a module: the public interface as DESIGN.md words it, autograd in all its forms, and bad input."""
+"""CpuExperts as a module: special routing, autograd in all its forms, and bad input."""
 
 from __future__ import annotations
 
@@ -40,65 +40,6 @@ def grads(function, inputs):
 
 def same(a, b):
     return all(torch.equal(left, right) for left, right in zip(a, b, strict=True))
-
-
-class TestPublicInterface:
-    def test_one_layer_without_a_model(self, weights):
-        gate_up_proj, down_proj = weights
-        layer = kt_sft.CpuExperts.from_weights(
-            gate_up_proj, down_proj, config=kt_sft.KTConfig(expert_format="bf16"), activation="silu"
-        )
-        hidden_states = torch.randn(T, H, dtype=torch.bfloat16, requires_grad=True)
-        top_k_weights = torch.rand(T, K, requires_grad=True)
-        y = layer(hidden_states, torch.randint(0, E, (T, K)), top_k_weights)
-        assert y.shape == (T, H)
-        assert y.dtype == torch.bfloat16
-        y.sum().backward()
-        assert hidden_states.grad.dtype == torch.bfloat16
-        assert top_k_weights.grad.dtype == torch.float32
-        gate_up, down = layer.dequantized()
-        assert gate_up.dtype == down.dtype == torch.float32
-        assert torch.equal(gate_up, gate_up_proj.bfloat16().float())
-        assert torch.equal(down, down_proj.bfloat16().float())
-
-    def test_ungated_experts_pass_one_matrix(self, weights):
-        gate_up, down = weights
-        layer = kt_sft.CpuExperts.from_weights(gate_up[:, :I], down, activation="relu2")
-        assert layer.dequantized()[0].shape == (E, I, H)
-
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-    def test_weights_of_any_float_dtype_and_odd_sizes(self, dtype):
-        gate_up, down = torch.randn(1, 6, 5).to(dtype), torch.randn(1, 5, 3).to(dtype)
-        stored = kt_sft.CpuExperts.from_weights(gate_up, down).dequantized()
-        assert torch.equal(stored[0], gate_up.bfloat16().float())
-        assert torch.equal(stored[1], down.bfloat16().float())
-
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-    @pytest.mark.parametrize("weights_dtype", [torch.float32, torch.bfloat16], ids=str)
-    def test_results_have_their_inputs_dtypes(self, experts, inputs, dtype, weights_dtype):
-        x, idx, w = inputs
-        y, dx, dw = grads(experts, (x.to(dtype), idx, w.to(weights_dtype)))
-        assert (y.dtype, dx.dtype, dw.dtype) == (dtype, dtype, weights_dtype)
-
-    def test_int32_and_int64_indices_are_the_same(self, experts, inputs):
-        x, idx, w = inputs
-        assert torch.equal(experts(x, idx.int(), w), experts(x, idx, w))
-
-    def test_non_contiguous_inputs(self, experts, inputs):
-        x, idx, w = inputs
-        strided = experts(x.T.contiguous().T, idx.T.contiguous().T, w.T.contiguous().T)
-        assert torch.equal(strided, experts(x, idx, w))
-
-    def test_system_info_is_a_plain_dict_of_facts(self):
-        info = kt_sft.system_info()
-        assert type(info) is dict
-        assert info["tier"] in ("portable", "avx2", "avx512", "avx512_bf16", "amx")
-        assert info["tier"] in info["tiers"]
-        assert info["threads"] >= 1
-        assert info["numa_nodes"] >= 1
-        assert info["peak_gflops"] > 0
-        assert info["read_bandwidth_gbs"] > 0
-        assert 0 < info["memory_available_bytes"] <= info["memory_total_bytes"]
 
 
 class TestSpecialRouting:
@@ -267,6 +208,14 @@ class TestModule:
         assert list(experts.parameters()) == []
         assert list(experts.buffers()) == []
         assert experts.state_dict() == {}
+
+    def test_it_takes_no_weights_and_cannot_be_trained(self, experts):
+        experts.load_state_dict({})
+        with pytest.raises(ValueError, match="gate_up_proj is a weight of routed experts, which stay frozen"):
+            experts.load_state_dict({"gate_up_proj": torch.zeros(1)}, strict=False)
+        assert experts.requires_grad_(False) is experts
+        with pytest.raises(ValueError, match="routed experts stay frozen in the engine and cannot be trained"):
+            experts.requires_grad_(True)
 
     def test_casting_and_moving_leave_it_alone(self, experts, inputs):
         before = experts(*inputs)
