@@ -1,11 +1,15 @@
-"""Adapters that a recipe names: looked at before anything is loaded.
+"""Adapters and checkpoints that a recipe names: looked at before anything is loaded.
 
-PEFT drops tensors of modules that a model does not have without a word. The routed experts' linear layers are such
-modules once the experts run in the engine, so an adapter with weights for them would silently lose those.
+PEFT and the Trainer drop tensors of modules that a model does not have without a word. The routed experts' layers are
+such modules once the experts run in the engine, so an adapter with weights for them would silently lose those. While
+there is no model, their names tell; the model itself refuses them, by its modules, when they are loaded into it
+(`CpuExperts._load_from_state_dict`).
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download
@@ -16,6 +20,8 @@ from kt_sft.loading.checkpoint import read_header
 
 _SAFETENSORS = "adapter_model.safetensors"
 _PICKLED = "adapter_model.bin"
+_MODEL = "model.safetensors"
+_PICKLED_MODEL = "pytorch_model.bin"
 
 
 def check_adapter(
@@ -29,8 +35,8 @@ def check_adapter(
     """Refuses an adapter that has weights for routed experts, or whose weights cannot be looked at safely.
 
     Args:
-        adapter: A folder, or a repository's id on the hub: its files are taken from the local cache or, where they
-            are not there, downloaded to it, as PEFT is going to do.
+        adapter: A folder, or a repository's id on the hub: its files are taken from the local cache or, where they are
+            not there, downloaded to it, as PEFT is going to do.
         subfolder: Where in `adapter` the weights are.
         revision: Of the repository.
         cache_dir: The local cache; None for the hub's own.
@@ -40,15 +46,70 @@ def check_adapter(
         ConfigError: The adapter has weights for routed experts, has its weights in a pickle, or cannot be found.
     """
     weights = _in_folder(Path(adapter, subfolder or "")) or _on_hub(adapter, subfolder, revision, cache_dir, token)
+    _check_adapter_file(weights, adapter)
+
+
+def check_resumed(folder: str) -> None:
+    """Refuses a checkpoint to resume from that has weights for routed experts, or cannot be looked at safely.
+
+    Args:
+        folder: Of a checkpoint that the Trainer wrote. One that it could not resume from is left for it to say.
+
+    Raises:
+        ConfigError: The checkpoint is one of a whole model with routed experts, whose weights would be lost; or it has
+            an adapter with weights for them, or a pickle.
+    """
+    root = Path(folder)
+    if _any(root, _PICKLED_MODEL, f"{_PICKLED_MODEL}.index.json") and not _any(root, _MODEL):
+        raise ConfigError(f"kt_sft: resume_from_checkpoint {folder} is a whole model in a pickle; {_RESUME}")
+    trained = _experts_key(_model_keys(root))
+    if trained:
+        raise ConfigError(
+            f"kt_sft: resume_from_checkpoint {folder} is a whole model with its routed experts ({trained}), whose "
+            f"weights would not be loaded; {_RESUME}, or start from this one as model_name_or_path"
+        )
+    inner = (entry for entry in root.iterdir() if entry.is_dir()) if root.is_dir() else ()
+    for place in (root, *inner):  # of several adapters each has a folder of its own
+        weights = _in_folder(place)
+        if weights is not None:
+            _check_adapter_file(weights, str(place))
+
+
+_RESUME = "resume from a checkpoint of a LoRA run"
+
+
+def _model_keys(folder: Path) -> Iterable[str]:
+    """Names of the tensors that the Trainer would load into the model itself."""
+    if _any(folder, _MODEL):
+        return read_header(folder / _MODEL)
+    index = folder / f"{_MODEL}.index.json"
+    if not index.exists():
+        return ()
+    try:
+        return [*json.loads(index.read_text(encoding="utf-8"))["weight_map"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"kt_sft: {index} is no readable index of tensors ({error!r})") from error
+
+
+def _any(folder: Path, *names: str) -> bool:
+    return any((folder / name).is_file() for name in names)
+
+
+def _experts_key(keys: Iterable[str]) -> str | None:
+    """The first tensor of routed experts among `keys`. Every family of transformers calls their module `experts`."""
+    return next((key for key in keys if "experts" in key.split(".")), None)
+
+
+def _check_adapter_file(weights: Path, adapter: str) -> None:
     if weights.name == _PICKLED:
         raise ConfigError(
             f"kt_sft: the adapter {adapter} keeps its weights in {_PICKLED}, a pickle, which cannot be inspected "
             f"safely; convert it to {_SAFETENSORS}"
         )
-    trained = [key for key in read_header(weights) if ".experts." in key]
+    trained = _experts_key(read_header(weights))
     if trained:
         raise ConfigError(
-            f"kt_sft: the adapter {adapter} has weights for routed experts ({trained[0]}), which this version cannot "
+            f"kt_sft: the adapter {adapter} has weights for routed experts ({trained}), which this version cannot "
             "apply; use it without kt_sft"
         )
 

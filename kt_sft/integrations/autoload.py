@@ -14,13 +14,10 @@ from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-#: Host module -> (our module, function) to call with the host's module: before and after it runs its own code.
-_BEFORE = {
-    "llamafactory.hparams.parser": ("kt_sft.integrations.llamafactory", "settle_model_arguments"),
-}
-_AFTER = {
+#: Host module -> (our module, function) to call with the host's module once it has run its own code.
+_HOOKS = {
     "transformers.quantizers.auto": ("kt_sft.integrations.transformers", "register"),
-    "transformers.modeling_utils": ("kt_sft.integrations.transformers", "guard_saving"),
+    "transformers.modeling_utils": ("kt_sft.integrations.transformers", "extend_models"),
     "llamafactory.hparams.model_args": ("kt_sft.integrations.llamafactory", "extend_model_arguments"),
     "llamafactory.hparams.parser": ("kt_sft.integrations.llamafactory", "check_parsed_arguments"),
     "llamafactory.hparams": ("kt_sft.integrations.llamafactory", "settle_package"),
@@ -41,6 +38,9 @@ _REQUIRED = (
 #: What became of this process's hooks: (our module, function) -> the failure, or "" where it is attached.
 _outcomes: dict[tuple[str, str], str] = {}
 
+#: Host modules that were already running when we were armed, in the order of _HOOKS: one of them imported torch first.
+_running: list[str] = []
+
 
 class _HookFinder:
     """A meta path finder that finds nothing itself: it adds our calls to the loader that the others find."""
@@ -51,7 +51,8 @@ class _HookFinder:
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if (name not in _AFTER and name not in _BEFORE) or name in self._searching:
+        _catch_up()
+        if name not in _HOOKS or name in self._searching:
             return None
         self._searching.add(name)
         try:
@@ -67,17 +68,29 @@ def _wrap(loader: object, name: str) -> None:
     execute: Callable[[ModuleType], None] = loader.exec_module  # type: ignore[attr-defined]
 
     def exec_module(module: ModuleType) -> None:
-        _call(_BEFORE.get(name), module)
         execute(module)
-        _call(_AFTER.get(name), module)
+        _call(_HOOKS[name], module)
 
     loader.exec_module = exec_module  # type: ignore[attr-defined]
 
 
-def _call(hook: tuple[str, str] | None, module: ModuleType) -> None:
+def _catch_up() -> None:
+    """Calls the hooks of the modules that were running when we were armed and have finished since.
+
+    Called at every import: before a host makes use of such a module it imports others.
+    """
+    for name in [name for name in _running if not _is_running(name)]:
+        _running.remove(name)
+        if name in sys.modules:
+            _call(_HOOKS[name], sys.modules[name])
+
+
+def _is_running(name: str) -> bool:
+    return getattr(getattr(sys.modules.get(name), "__spec__", None), "_initializing", False)
+
+
+def _call(hook: tuple[str, str], module: ModuleType) -> None:
     """Calls a hook; a host that has moved must go on working without us, and a recipe with our key is then refused."""
-    if hook is None:
-        return
     try:
         getattr(importlib.import_module(hook[0]), hook[1])(module)
         _outcomes[hook] = ""
@@ -104,7 +117,7 @@ def unattached() -> list[str]:
         except ImportError as error:
             missing.append(f"{name} cannot be imported: {error!r}")
             continue
-        if _AFTER[name] not in _outcomes:
+        if _HOOKS[name] not in _outcomes:
             missing.append(f"{name} was imported before kt_sft could attach to it")
     return failures() + missing
 
@@ -114,7 +127,5 @@ def arm() -> None:
     if any(isinstance(finder, _HookFinder) for finder in sys.meta_path):
         return
     sys.meta_path.insert(0, _HookFinder())
-    for name, hook in _AFTER.items():
-        module = sys.modules.get(name)
-        if module is not None and not getattr(module.__spec__, "_initializing", False):
-            _call(hook, module)
+    _running.extend(name for name in _HOOKS if name in sys.modules)
+    _catch_up()

@@ -1,7 +1,7 @@
 """Where kt_sft attaches to LLaMA-Factory: the recipe key `kt_sft:`, the model loading, and what is refused.
 
-Every function here is called with a module of LLaMA-Factory right after (or before) that module has run, so what
-other modules import from it is already ours.
+Every function here is called with a module of LLaMA-Factory right after that module has run, so what other modules
+import from it is already ours.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import enum
 import functools
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable
 from types import ModuleType
@@ -18,7 +19,7 @@ from typing import Any
 
 from kt_sft.config import ConfigError, KTConfig
 from kt_sft.integrations import autoload
-from kt_sft.integrations.adapters import check_adapter
+from kt_sft.integrations.adapters import check_adapter, check_resumed
 
 
 class Absent(enum.Enum):
@@ -60,8 +61,6 @@ def extend_model_arguments(module: ModuleType) -> None:
         module: `llamafactory.hparams.model_args`.
     """
     base: Any = module.ModelArguments
-    if _knows_key(base):
-        return
 
     @dataclasses.dataclass
     class ModelArguments(base):
@@ -84,33 +83,26 @@ def extend_model_arguments(module: ModuleType) -> None:
     module.ModelArguments = ModelArguments  # type: ignore[attr-defined]
 
 
-def settle_model_arguments(_parser: ModuleType) -> None:
-    """Extends `ModelArguments` just before the parser imports it.
-
-    Needed when `llamafactory.hparams.model_args` itself was what imported torch first, so that our hooks were armed
-    while it was running.
-    """
-    module = sys.modules.get("llamafactory.hparams.model_args")
-    if module is not None:
-        extend_model_arguments(module)
-
-
 def settle_package(package: ModuleType) -> None:
-    """Makes `llamafactory.hparams` give out the extended `ModelArguments`, whichever it had imported."""
+    """Makes `llamafactory.hparams` give out the extended `ModelArguments`, also where it had imported the plain one.
+
+    Args:
+        package: `llamafactory.hparams`.
+    """
     package.ModelArguments = sys.modules["llamafactory.hparams.model_args"].ModelArguments  # type: ignore[attr-defined]
 
 
 def check_parsed_arguments(parser: ModuleType) -> None:
-    """Wraps `get_train_args` to refuse, before anything loads, ways of training that kt_sft cannot do.
+    """Wraps `get_train_args`, and `get_infer_args` of chat, api and export, to refuse what kt_sft cannot do.
 
     Args:
         parser: `llamafactory.hparams.parser`.
     """
-    parse = parser.get_train_args
+    parse_train, parse_infer = parser.get_train_args, parser.get_infer_args
 
-    @functools.wraps(parse)
+    @functools.wraps(parse_train)
     def get_train_args(*args: Any, **kwargs: Any) -> Any:
-        parsed = parse(*args, **kwargs)
+        parsed = parse_train(*args, **kwargs)
         model_args, _, training_args, finetuning_args, _ = parsed
         if config_of(model_args) is not None:
             _check_finetuning_arguments(finetuning_args)
@@ -118,7 +110,16 @@ def check_parsed_arguments(parser: ModuleType) -> None:
             _check_training_arguments(training_args)
         return parsed
 
+    @functools.wraps(parse_infer)
+    def get_infer_args(*args: Any, **kwargs: Any) -> Any:
+        parsed = parse_infer(*args, **kwargs)
+        model_args, _, finetuning_args, _ = parsed
+        if config_of(model_args) is not None:
+            _check_finetuning_arguments(finetuning_args)
+        return parsed
+
     parser.get_train_args = get_train_args  # type: ignore[attr-defined]
+    parser.get_infer_args = get_infer_args  # type: ignore[attr-defined]
 
 
 def extend_quantization(module: ModuleType) -> None:
@@ -209,10 +210,6 @@ def _check_quantizer_was_used(model: Any) -> None:
         )
 
 
-def _knows_key(arguments: type) -> bool:
-    return any(field.name == "kt_sft" for field in dataclasses.fields(arguments))
-
-
 def _read_block(block: Any) -> Any:
     """Checks a block; returns it as a plain dict, or ABSENT."""
     if block is ABSENT:
@@ -270,7 +267,7 @@ def _check_finetuning_arguments(finetuning_args: Any) -> None:
     if finetuning_args.finetuning_type != "lora":
         raise ConfigError(
             f"kt_sft: finetuning_type {finetuning_args.finetuning_type} cannot train experts that stay frozen on the "
-            "CPU; set finetuning_type: lora"
+            "CPU; set finetuning_type: lora (or leave it out, to serve or export a model as it is)"
         )
     _refuse(finetuning_args, _EXCLUDED_FINETUNING_ARGUMENTS)
 
@@ -285,6 +282,19 @@ def _check_training_arguments(training_args: Any) -> None:
         )
     if getattr(training_args, "fsdp", None) or is_fsdp_enabled():
         raise ConfigError("kt_sft: FSDP is not supported in this version; use DDP")
+    resumed = _resumed_folder(training_args)
+    if resumed is not None:
+        check_resumed(resumed)
+
+
+def _resumed_folder(training_args: Any) -> str | None:
+    """The checkpoint that training will resume from; LLaMA-Factory has filled in one that it finds by itself."""
+    from transformers.trainer_utils import get_last_checkpoint
+
+    resumed = training_args.resume_from_checkpoint if training_args.do_train else None
+    if resumed is True:
+        return get_last_checkpoint(training_args.output_dir) if os.path.isdir(training_args.output_dir) else None
+    return resumed or None
 
 
 def _show_log() -> None:

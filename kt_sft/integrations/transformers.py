@@ -1,10 +1,10 @@
-"""Where kt_sft attaches to transformers: its quantizer registry, and two seams beyond it."""
+"""Where kt_sft attaches to transformers: its quantizer registry, and three seams beyond it."""
 
 from __future__ import annotations
 
 import copy
 import functools
-import importlib
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
@@ -24,15 +24,36 @@ def register(auto: ModuleType) -> None:
     _let_config_win(auto.AutoHfQuantizer)
 
 
-def guard_saving(modeling: ModuleType) -> None:
-    """Wraps `PreTrainedModel.save_pretrained`, once, which tells a quantizer what to save but not where.
+def extend_models(modeling: ModuleType) -> None:
+    """Wraps `PreTrainedModel.from_pretrained` and `save_pretrained`, which do not tell a quantizer all it must know.
 
     Args:
         modeling: The module `transformers.modeling_utils`.
     """
-    save = modeling.PreTrainedModel.save_pretrained
-    if getattr(save, "guarded_by_kt_sft", False):
-        return
+    _pass_key_mapping(modeling.PreTrainedModel)
+    _guard_saving(modeling.PreTrainedModel)
+
+
+def _pass_key_mapping(model_class: Any) -> None:
+    """Lets the quantizer know the `key_mapping` by which transformers is going to rename the checkpoint's keys."""
+    load = model_class.from_pretrained.__func__
+
+    @functools.wraps(load)
+    def from_pretrained(cls: type, *args: Any, **kwargs: Any) -> Any:
+        config, key_mapping = kwargs.get("quantization_config"), kwargs.get("key_mapping")
+        if isinstance(config, Mapping) and config.get("quant_method") == QUANT_METHOD:
+            config = KTConfig.from_dict(config)
+        if isinstance(config, KTConfig) and key_mapping:
+            kwargs["quantization_config"] = config = copy.copy(config)
+            config.key_mapping = dict(key_mapping)  # type: ignore[attr-defined]
+        return load(cls, *args, **kwargs)
+
+    model_class.from_pretrained = classmethod(from_pretrained)
+
+
+def _guard_saving(model_class: Any) -> None:
+    """Lets the quantizer see where a model is going to be saved to, and what instead of its own state."""
+    save = model_class.save_pretrained
 
     @functools.wraps(save)
     def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
@@ -44,8 +65,7 @@ def guard_saving(modeling: ModuleType) -> None:
             check(save_directory, state_dict=None if only_adapters else given)
         return save(self, save_directory, *args, **kwargs)
 
-    save_pretrained.guarded_by_kt_sft = True  # type: ignore[attr-defined]
-    modeling.PreTrainedModel.save_pretrained = save_pretrained
+    model_class.save_pretrained = save_pretrained
 
 
 def _made_on_use(base: type) -> type:
@@ -59,8 +79,6 @@ def _made_on_use(base: type) -> type:
         def __new__(cls, *args: Any, **kwargs: Any) -> Any:
             from kt_sft.loading.quantizer import KTQuantizer
 
-            # Not attached yet where transformers.modeling_utils itself was what imported torch first.
-            guard_saving(importlib.import_module("transformers.modeling_utils"))
             return KTQuantizer(*args, **kwargs)
 
     return DeferredKTQuantizer

@@ -29,8 +29,8 @@ _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 # Probes run in float64 on |x| <= 64, most of them near 0, where activations differ, and some far out, where they are
-# clamped. Two ways to write the same function agree up to a few tens of roundings of 2**-53, relative to the value
-# or to 1; two different activations differ by more than 1e-4 somewhere.
+# clamped. Two ways to write the same function agree up to a few tens of roundings of 2**-53, relative to the value or
+# to 1; two different activations differ by more than 1e-4 somewhere.
 _PROBE_RANGE, _PROBE_TOLERANCE = 64.0, 1e-11
 
 

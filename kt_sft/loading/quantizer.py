@@ -98,7 +98,8 @@ class KTQuantizer(HfQuantizer):
         if not checkpoint_files:
             raise ConfigError("kt_sft: experts are loaded from safetensors files; a state_dict cannot be given instead")
         checkpoint = Checkpoint(checkpoint_files)
-        conversions = get_model_conversion_mapping(model, None, self)
+        key_mapping = getattr(self._config, "key_mapping", None)
+        conversions = get_model_conversion_mapping(model, key_mapping, self)
         self._plans = plan_experts(model, layouts, checkpoint, conversions)
         self._identity = checkpoint.identity()
         self._model_class = type(model)

@@ -1,13 +1,16 @@
-"""Recipes for runs of LLaMA-Factory on the tiny model."""
+"""Recipes for runs of LLaMA-Factory on the tiny model, and copies of the model to damage."""
 
 from __future__ import annotations
 
+import functools
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from checkpoints import Change, rewrite
 
 
 @pytest.fixture(scope="session")
@@ -51,3 +54,23 @@ def write_recipe(base_recipe: dict[str, Any], tmp_path: Path) -> Callable[..., P
         return path
 
     return write
+
+
+@pytest.fixture
+def parse(base_recipe: dict[str, Any], tmp_path: Path) -> Callable[..., Any]:
+    """LLaMA-Factory's own parsing of the base recipe with changes."""
+    from llamafactory.hparams import get_train_args
+
+    return lambda **changes: get_train_args(base_recipe | {"output_dir": str(tmp_path / "out")} | changes)
+
+
+@pytest.fixture
+def checkpoint(tiny_moe: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny model to change."""
+    return Path(shutil.copytree(tiny_moe, tmp_path / "checkpoint"))
+
+
+@pytest.fixture
+def edit(checkpoint: Path) -> Callable[[Change], None]:
+    """Rewrites the tensors of `checkpoint`."""
+    return functools.partial(rewrite, checkpoint)

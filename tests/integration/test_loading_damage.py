@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import re
-import shutil
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,24 +13,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from checkpoints import EXPERT, load, rewrite, set_matrix, set_value, stores
+from checkpoints import EXPERT, load, set_matrix, set_value, stores
 from transformers import AutoModelForCausalLM
 
 from kt_sft.config import ConfigError, KTConfig
 from kt_sft.loading import memory, streaming
 from kt_sft.loading.errors import CheckpointError, NotEnoughMemoryError, UnsupportedModelError
-
-
-@pytest.fixture
-def checkpoint(tiny_moe: Path, tmp_path: Path) -> Path:
-    """A copy of the tiny model to damage."""
-    return Path(shutil.copytree(tiny_moe, tmp_path / "checkpoint"))
-
-
-@pytest.fixture
-def edit(checkpoint: Path) -> Callable[[Callable[[dict[str, torch.Tensor]], None]], None]:
-    """Rewrites the checkpoint's tensors."""
-    return functools.partial(rewrite, checkpoint)
 
 
 def _drop(tensors: dict[str, torch.Tensor]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import filecmp
-import functools
 import gc
 import shutil
 import weakref
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import peft
 import pytest
 import torch
 import transformers
@@ -24,18 +24,6 @@ from kt_sft.config import KTConfig
 from kt_sft.loading.errors import CheckpointError
 
 _VL_EXPERTS = "model.language_model.layers.0.mlp.experts"
-
-
-@pytest.fixture
-def checkpoint(tiny_moe: Path, tmp_path: Path) -> Path:
-    """A copy of the tiny model to damage."""
-    return Path(shutil.copytree(tiny_moe, tmp_path / "checkpoint"))
-
-
-@pytest.fixture
-def edit(checkpoint: Path) -> Callable[[Callable[[dict[str, torch.Tensor]], None]], None]:
-    """Rewrites the checkpoint's tensors."""
-    return functools.partial(rewrite, checkpoint)
 
 
 class TestLayouts:
@@ -91,6 +79,27 @@ class TestLayouts:
 
         assert torch.equal(stores(ours)[0].dequantized()[0], experts.gate_up_proj.bfloat16().float())
         assert "experts are stored rounded to BF16" in caplog.text
+
+    @pytest.mark.parametrize("as_dict", [False, True])
+    def test_under_other_keys(self, as_dict: bool, tiny_moe: Path, checkpoint: Path, tmp_path: Path) -> None:
+        def rename(tensors: dict[str, torch.Tensor]) -> None:
+            for key in list(tensors):
+                tensors[key.replace("mlp.experts", "mlp.crowd").replace("mlp.gate", "mlp.doorman")] = tensors.pop(key)
+
+        rewrite(checkpoint, rename)
+        key_mapping = {r"mlp\.crowd": "mlp.experts", r"mlp\.doorman": "mlp.gate"}
+        config = {"quant_method": "kt_sft"} if as_dict else KTConfig()
+
+        ours = AutoModelForCausalLM.from_pretrained(checkpoint, quantization_config=config, key_mapping=key_mapping)
+
+        assert same_experts(ours, load(tiny_moe))
+        assert all(map(torch.equal, ours.parameters(), load(tiny_moe).parameters()))
+        ours.save_pretrained(tmp_path / "saved")
+        saved, source = (load_file(folder / "model.safetensors") for folder in (tmp_path / "saved", checkpoint))
+        assert saved.keys() == source.keys()
+        assert all(torch.equal(saved[key], source[key]) for key in source)
+        with pytest.raises(CheckpointError, match="the checkpoint has no tensor for"):
+            load(checkpoint)
 
     def test_by_name_from_the_hubs_cache(self, tiny_moe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -280,6 +289,26 @@ class TestUse:
         assert model(torch.arange(12).reshape(1, 12)).logits.dtype == torch.float32
         with pytest.raises(ValueError, match="not supported for quantized model"):
             model.half()  # as the quantizer's documentation says
+
+    def test_an_adapter_on_experts_is_refused(self, tiny_moe: Path, tmp_path: Path) -> None:
+        on_experts = peft.LoraConfig(target_modules=["q_proj"], target_parameters=["mlp.experts.gate_up_proj"])
+        plain = AutoModelForCausalLM.from_pretrained(tiny_moe)
+        peft.get_peft_model(plain, on_experts).save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match=r"layers\.0\.mlp\.experts\.lora_A.* is a weight of routed experts"):
+            peft.PeftModel.from_pretrained(load(tiny_moe), tmp_path)
+
+    def test_a_state_dict_with_experts_is_refused(self, tiny_moe: Path) -> None:
+        model, plain = load(tiny_moe), AutoModelForCausalLM.from_pretrained(tiny_moe)
+        with pytest.raises(ValueError, match=r"layers\.0\.mlp\.experts\.gate_up_proj is a weight of routed experts"):
+            model.load_state_dict(plain.state_dict(), strict=False)
+        model.load_state_dict(model.state_dict())
+
+    def test_experts_trained_themselves_are_refused(self, tiny_moe: Path) -> None:
+        whole = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["experts"])
+        with pytest.raises(ValueError, match="take them out of modules_to_save"):
+            peft.get_peft_model(load(tiny_moe), whole)
+        model = load(tiny_moe).requires_grad_(False).requires_grad_(True)  # of the model: only its parameters
+        assert all(parameter.requires_grad for parameter in model.parameters())
 
     def test_training_without_adapters_is_refused(self, tiny_moe: Path, tmp_path: Path) -> None:
         arguments = transformers.TrainingArguments(tmp_path, use_cpu=True, report_to="none")

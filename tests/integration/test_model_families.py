@@ -150,6 +150,7 @@ def test_family_agrees_with_plain_transformers(maker: Callable[[], nn.Module], t
     swapped = [name for name, module in ours.named_modules() if isinstance(module, kt_sft.CpuExperts)]
     assert swapped
     assert swapped == list(find_experts(plain))
+    assert {name.rpartition(".")[2] for name in swapped} == {"experts"}  # by which adapters are looked at beforehand
 
     for deviation, bound, size in _deviations(plain, ours):
         assert deviation <= bound

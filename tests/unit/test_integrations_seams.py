@@ -5,13 +5,18 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import inspect
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
+import llamafactory.chat.chat_model
 import llamafactory.hparams.parser
 import llamafactory.model.loader
 import llamafactory.model.patcher
+import llamafactory.train.tuner
 import pytest
 import torch
+import transformers
 import transformers.quantizers.auto as auto
 from llamafactory.hparams import ModelArguments
 from llamafactory.model import adapter
@@ -21,7 +26,7 @@ from transformers.integrations import moe
 from transformers.quantizers.base import HfQuantizer
 
 from kt_sft.config import KTConfig
-from kt_sft.integrations import autoload
+from kt_sft.integrations import adapters, autoload
 from kt_sft.integrations import llamafactory as ours
 
 
@@ -35,13 +40,40 @@ def test_torch_calls_our_entry_point() -> None:
     assert entry_point.load() is autoload.arm
 
 
-@pytest.mark.parametrize("name", sorted({*autoload._BEFORE, *autoload._AFTER}))
+@pytest.mark.parametrize("name", autoload._HOOKS)
 def test_every_hooked_module_and_hook_exists(name: str) -> None:
     importlib.import_module(name)
-    for hooks in (autoload._BEFORE, autoload._AFTER):
-        if name in hooks:
-            module, function = hooks[name]
-            assert callable(getattr(importlib.import_module(module), function))
+    module, function = autoload._HOOKS[name]
+    assert callable(getattr(importlib.import_module(module), function))
+    assert autoload._outcomes[module, function] == ""
+
+
+def test_a_host_that_was_running_when_we_were_armed_is_caught_up_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called: list[str] = []
+    monkeypatch.setattr(ours, "settle_package", lambda module: called.append(module.FINISHED))
+    monkeypatch.setattr(autoload, "_HOOKS", {"an_early_host": ("kt_sft.integrations.llamafactory", "settle_package")})
+    monkeypatch.setattr(autoload, "_outcomes", {})
+    monkeypatch.setattr(autoload, "_running", [])
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "an_early_host.py").write_text(
+        "from kt_sft.integrations import autoload\n"
+        "autoload.arm()\n"  # as `import torch` does
+        "import imported_meanwhile\n"
+        "FINISHED = 'finished'\n"
+    )
+    for name in ("imported_meanwhile", "imported_later", "imported_last"):
+        (tmp_path / f"{name}.py").write_text("")
+    others = [finder for finder in sys.meta_path if not isinstance(finder, autoload._HookFinder)]
+    monkeypatch.setattr(sys, "meta_path", others)  # ours is put in by the host
+
+    importlib.import_module("an_early_host")
+    assert called == []
+    importlib.import_module("imported_later")
+    assert called == ["finished"]
+    importlib.import_module("imported_last")
+    assert called == ["finished"]
 
 
 class TestLlamaFactory:
@@ -60,6 +92,34 @@ class TestLlamaFactory:
             "TrainingArguments",
             "FinetuningArguments",
             "GeneratingArguments",
+        ]
+
+    def test_get_infer_args_gives_four_parts(self) -> None:
+        arguments = inspect.unwrap(llamafactory.hparams.parser.get_infer_args)
+        assert arguments.__annotations__["return"] == llamafactory.hparams.parser._INFER_CLS
+        assert [part.__name__ for part in llamafactory.hparams.parser._INFER_CLS.__args__] == [
+            "ModelArguments",
+            "DataArguments",
+            "FinetuningArguments",
+            "GeneratingArguments",
+        ]
+        assert hasattr(llamafactory.chat.chat_model.get_infer_args, "__wrapped__")
+        assert hasattr(llamafactory.train.tuner.get_infer_args, "__wrapped__")  # export
+
+    def test_what_a_run_resumes_from(self) -> None:
+        """Read from the arguments after LLaMA-Factory may have filled it in; True means the Trainer's last one."""
+        assert "training_args.resume_from_checkpoint = last_checkpoint" in inspect.getsource(
+            inspect.unwrap(llamafactory.hparams.parser.get_train_args)
+        )
+        train = inspect.getsource(transformers.Trainer.train)
+        assert "get_last_checkpoint(args.output_dir)" in train
+        files = [adapters._SAFETENSORS, adapters._PICKLED, adapters._MODEL, adapters._PICKLED_MODEL]
+        names = transformers.utils
+        assert files == [
+            names.ADAPTER_SAFE_WEIGHTS_NAME,
+            names.ADAPTER_WEIGHTS_NAME,
+            names.SAFE_WEIGHTS_NAME,
+            names.WEIGHTS_NAME,
         ]
 
     def test_the_parser_has_the_extended_arguments(self) -> None:
@@ -122,15 +182,22 @@ class TestTransformers:
         assert parameters(HfQuantizer._process_model_after_weight_loading) == ["self", "model", "kwargs"]
         assert parameters(HfQuantizer.get_state_dict_and_metadata) == ["self", "model"]
         assert parameters(HfQuantizer.update_device_map) == ["self", "device_map"]
-        load = inspect.getsource(PreTrainedModel.from_pretrained)
+        load = inspect.getsource(inspect.unwrap(PreTrainedModel.from_pretrained.__func__))
         assert "checkpoint_files=checkpoint_files" in load  # given to the hook that runs before loading
         assert "_weight_conversions" in inspect.getsource(core_model_loading)  # what saving reverts
         save = inspect.getsource(inspect.unwrap(PreTrainedModel.save_pretrained))
         assert "hf_quantizer.get_state_dict_and_metadata(self)" in save
 
     def test_save_pretrained_is_guarded(self) -> None:
-        assert parameters(PreTrainedModel.save_pretrained)[:2] == ["self", "save_directory"]
+        expected = ["self", "save_directory", "is_main_process", "state_dict"]
+        assert parameters(PreTrainedModel.save_pretrained)[:4] == expected
         assert hasattr(PreTrainedModel.save_pretrained, "__wrapped__")
+
+    def test_from_pretrained_passes_the_key_mapping_on(self) -> None:
+        load = PreTrainedModel.from_pretrained.__func__
+        assert hasattr(load, "__wrapped__")
+        assert "key_mapping" not in parameters(load)  # taken from the keyword arguments
+        assert 'kwargs.pop("key_mapping", None)' in inspect.getsource(inspect.unwrap(load))
 
     def test_the_experts_decorator_marks_instances(self) -> None:
         with torch.device("meta"):

@@ -1,0 +1,150 @@
+"""What a recipe brings with it, adapters and checkpoints to resume from, is looked at before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+
+from kt_sft.config import ConfigError
+from kt_sft.integrations.llamafactory import ABSENT
+
+ATTENTION = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+SHARED = "base_model.model.model.layers.0.mlp.shared_experts.up_proj.lora_A.weight"
+EXPERTS = "base_model.model.model.layers.0.mlp.experts.base_layer.lora_A.weight"
+
+
+def write_adapter(folder: Path, key: str) -> Path:
+    folder.mkdir(parents=True)
+    save_file({key: torch.zeros(2, 2)}, folder / "adapter_model.safetensors")
+    return folder
+
+
+def test_an_adapter_on_experts_is_refused(parse: Callable[..., Any], tmp_path: Path) -> None:
+    attention, shared = write_adapter(tmp_path / "attention", ATTENTION), write_adapter(tmp_path / "shared", SHARED)
+    experts = write_adapter(tmp_path / "experts", EXPERTS)
+
+    assert parse(kt_sft={}, adapter_name_or_path=f"{attention},{shared}")[0].kt_sft == {}
+    with pytest.raises(ConfigError, match="has weights for routed experts"):
+        parse(kt_sft={}, adapter_name_or_path=f"{attention},{shared},{experts}")
+
+
+def test_the_adapter_is_looked_for_in_adapter_folder(parse: Callable[..., Any], tmp_path: Path) -> None:
+    write_adapter(tmp_path / "fine", ATTENTION)
+    write_adapter(tmp_path / "experts", EXPERTS)
+
+    parse(kt_sft={}, adapter_name_or_path=str(tmp_path), adapter_folder="fine")
+    with pytest.raises(ConfigError, match="has weights for routed experts"):
+        parse(kt_sft={}, adapter_name_or_path=str(tmp_path), adapter_folder="experts")
+
+
+def test_a_pickled_adapter_is_refused(parse: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "adapter_model.bin").write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"convert it to adapter_model\.safetensors"):
+        parse(kt_sft={}, adapter_name_or_path=str(tmp_path))
+
+
+@pytest.fixture
+def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A local cache of the hub, offline, with the repositories tiny/attention and tiny/experts."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for name, key in {"attention": ATTENTION, "experts": EXPERTS}.items():
+        repository = tmp_path / "hub" / f"models--tiny--{name}"
+        write_adapter(repository / "snapshots" / "0" / "inner", key)
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text("0")
+    return tmp_path / "hub"
+
+
+def test_adapters_of_the_hub_are_looked_at_in_its_cache(parse: Callable[..., Any], hub_cache: Path) -> None:
+    settings = {"kt_sft": {}, "cache_dir": str(hub_cache), "adapter_folder": "inner"}
+
+    assert parse(**settings, adapter_name_or_path="tiny/attention")[0].kt_sft == {}
+    with pytest.raises(ConfigError, match="tiny/experts has weights for routed experts"):
+        parse(**settings, adapter_name_or_path="tiny/experts")
+    with pytest.raises(ConfigError, match=r"tiny/missing .* neither a folder with one nor a repository"):
+        parse(**settings, adapter_name_or_path="tiny/missing")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({"stage": "dpo", "ref_model": "MODEL", "ref_model_adapters": "EXPERTS"}, id="reference"),
+        pytest.param({"stage": "ppo", "reward_model": "EXPERTS"}, id="reward adapter"),
+        pytest.param(
+            {"stage": "ppo", "reward_model_type": "full", "reward_model": "MODEL", "reward_model_adapters": "EXPERTS"},
+            id="adapter of a reward model",
+        ),
+    ],
+)
+def test_adapters_of_other_models_are_looked_at(
+    changes: dict[str, str], parse: Callable[..., Any], tiny_moe: Path, tmp_path: Path
+) -> None:
+    paths = {"MODEL": str(tiny_moe), "EXPERTS": str(write_adapter(tmp_path / "experts", EXPERTS))}
+    changes = {key: paths.get(value, value) for key, value in changes.items()}
+
+    assert parse(**changes)[0].kt_sft is ABSENT
+    with pytest.raises(ConfigError, match="has weights for routed experts"):
+        parse(kt_sft={}, **changes)
+
+
+class TestResume:
+    """`resume_from_checkpoint`, given or found by LLaMA-Factory in the output folder."""
+
+    def test_a_checkpoint_of_an_adapter_on_attention(self, parse: Callable[..., Any], tmp_path: Path) -> None:
+        folder = str(write_adapter(tmp_path / "out" / "checkpoint-2", ATTENTION))
+
+        assert parse(kt_sft={}, resume_from_checkpoint=folder)[2].resume_from_checkpoint == folder
+        assert parse(kt_sft={}, overwrite_output_dir=False)[2].resume_from_checkpoint == folder
+
+    @pytest.mark.parametrize(
+        "given",
+        [{"resume_from_checkpoint": "CHECKPOINT"}, {"resume_from_checkpoint": True}, {"overwrite_output_dir": False}],
+        ids=["named", "the last one", "found"],
+    )
+    def test_an_adapter_on_experts(self, given: dict[str, Any], parse: Callable[..., Any], tmp_path: Path) -> None:
+        folder = write_adapter(tmp_path / "out" / "checkpoint-2", EXPERTS)
+        given = {key: str(folder) if value == "CHECKPOINT" else value for key, value in given.items()}
+
+        with pytest.raises(ConfigError, match=f"the adapter {folder} has weights for routed experts"):
+            parse(kt_sft={}, **given)
+        assert parse(**given)[0].kt_sft is ABSENT
+
+    def test_the_second_of_several_adapters(self, parse: Callable[..., Any], tmp_path: Path) -> None:
+        write_adapter(tmp_path / "checkpoint" / "default", ATTENTION)
+        second = write_adapter(tmp_path / "checkpoint" / "other", EXPERTS)
+        with pytest.raises(ConfigError, match=f"the adapter {second} has weights for routed experts"):
+            parse(kt_sft={}, resume_from_checkpoint=str(tmp_path / "checkpoint"))
+
+    @pytest.mark.parametrize("shard", ["5GB", "40KB"])
+    def test_a_whole_model(self, shard: str, parse: Callable[..., Any], tiny_moe: Path, tmp_path: Path) -> None:
+        folder = tmp_path / "checkpoint"
+        AutoModelForCausalLM.from_pretrained(tiny_moe).save_pretrained(folder, max_shard_size=shard)
+        message = r"checkpoint is a whole model with its routed experts \(model\.layers\.0\.mlp\.experts\."
+        with pytest.raises(ConfigError, match=message):
+            parse(kt_sft={}, resume_from_checkpoint=str(folder))
+        assert parse(resume_from_checkpoint=str(folder))[0].kt_sft is ABSENT
+
+    def test_a_pickle(self, parse: Callable[..., Any], tmp_path: Path) -> None:
+        (tmp_path / "pytorch_model.bin").write_bytes(b"")
+        with pytest.raises(ConfigError, match="is a whole model in a pickle; resume from a checkpoint of a LoRA run"):
+            parse(kt_sft={}, resume_from_checkpoint=str(tmp_path))
+
+    def test_a_damaged_index(self, parse: Callable[..., Any], tmp_path: Path) -> None:
+        (tmp_path / "model.safetensors.index.json").write_text("{}")
+        with pytest.raises(ConfigError, match=r"index\.json is no readable index of tensors"):
+            parse(kt_sft={}, resume_from_checkpoint=str(tmp_path))
+
+    def test_what_is_no_checkpoint_is_left_to_the_trainer(self, parse: Callable[..., Any], tmp_path: Path) -> None:
+        for folder in (tmp_path, tmp_path / "missing"):
+            assert parse(kt_sft={}, resume_from_checkpoint=str(folder))[2].resume_from_checkpoint == str(folder)
+
+    def test_a_run_that_does_not_train_resumes_nothing(self, parse: Callable[..., Any], tmp_path: Path) -> None:
+        folder = write_adapter(tmp_path / "checkpoint", EXPERTS)
+        changes = {"do_train": False, "do_eval": True, "eval_dataset": "sft"}
+        assert parse(kt_sft={}, resume_from_checkpoint=str(folder), **changes)[0].kt_sft == {}
