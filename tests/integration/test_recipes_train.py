@@ -5,14 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import yaml
 from llamafactory.train.tuner import run_exp
 from transformers import (
-    AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoTokenizer,
     DeepseekV2Config,
@@ -29,7 +26,7 @@ from transformers import (
     Qwen3VLVideoProcessor,
 )
 
-RECIPES = Path(__file__).parents[2] / "recipes"
+from tests.recipes import RECIPES, auto_class, read
 
 COMMON = {
     "hidden_size": 32,
@@ -137,24 +134,23 @@ def make_model(
 ) -> None:
     # Room for the stop words that LLaMA-Factory's templates add to a tokenizer that lacks them.
     config = make_config(len(tokenizer) + 16)
-    image_text = type(config) in AutoModelForImageTextToText._model_mapping
     tokenizer.save_pretrained(folder)
-    if image_text:
+    if auto_class(config) is AutoModelForImageTextToText:
         make_processor(folder, tokenizer, config)
     torch.manual_seed(0)
-    model = (AutoModelForImageTextToText if image_text else AutoModelForCausalLM).from_config(config)
+    model = auto_class(config).from_config(config)
     model.to(torch.bfloat16).save_pretrained(folder)
 
 
 def test_every_training_recipe_is_covered() -> None:
-    training = {path.stem for path in RECIPES.glob("*.yaml") if "stage" in yaml.safe_load(path.read_text())}
+    training = {path.stem for path in RECIPES.glob("*.yaml") if "stage" in read(path)}
     assert training == set(CASES) | SAME_AS_ANOTHER
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_recipe_trains(name: str, tmp_path: Path, tiny_moe: Path, tiny_data: Path) -> None:
     make_model(tmp_path / "model", AutoTokenizer.from_pretrained(tiny_moe), CASES[name])
-    recipe: dict[str, Any] = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
+    recipe = read(RECIPES / f"{name}.yaml")
     recipe |= {
         "model_name_or_path": str(tmp_path / "model"),
         "dataset": {"sft": "sft", "dpo": "pair"}[recipe["stage"]],

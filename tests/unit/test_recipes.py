@@ -23,8 +23,6 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import nn
 from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
     DeepseekV2Config,
     DeepseekV3Config,
     Glm4MoeConfig,
@@ -36,8 +34,7 @@ from transformers import (
 )
 
 from kt_sft.config import KTConfig
-
-RECIPES = Path(__file__).parents[2] / "recipes"
+from tests.recipes import RECIPES, auto_class, read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,10 +144,6 @@ MEMORY_NOTE = re.compile(
 )
 
 
-def load(path: Path) -> dict[str, Any]:
-    return yaml.safe_load(path.read_text())
-
-
 def architecture_name(path: Path) -> str:
     names = [name for name in ARCHITECTURES if path.stem.startswith(name)]
     assert len(names) == 1, f"{path.name} is named after none or several of {sorted(ARCHITECTURES)}"
@@ -160,11 +153,8 @@ def architecture_name(path: Path) -> str:
 @functools.cache
 def meta_model(name: str) -> nn.Module:
     config = ARCHITECTURES[name].config
-    # The same choice as LLaMA-Factory makes when it loads a model.
-    image_text = type(config) in AutoModelForImageTextToText._model_mapping
-    auto_class = AutoModelForImageTextToText if image_text else AutoModelForCausalLM
     with torch.device("meta"):
-        return auto_class.from_config(config)
+        return auto_class(config).from_config(config)
 
 
 def by_stem(paths: list[Path]) -> Any:
@@ -179,13 +169,13 @@ def test_every_model_of_the_list_has_a_supervised_recipe() -> None:
 
 @by_stem(ALL)
 def test_block_is_a_valid_configuration(path: Path) -> None:
-    assert KTConfig.from_dict(load(path)["kt_sft"]).stored_format == "bf16"
+    assert KTConfig.from_dict(read(path)["kt_sft"]).stored_format == "bf16"
 
 
 @by_stem([path for path in ALL if path not in INFERRED])
 def test_llamafactory_accepts_the_training_recipe(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(RECIPES.parent)
-    recipe = load(path)
+    recipe = read(path)
 
     model_args, data_args, training_args, finetuning_args, _ = get_train_args(
         {**recipe, "output_dir": str(tmp_path), "use_cpu": True}
@@ -200,9 +190,9 @@ def test_llamafactory_accepts_the_training_recipe(path: Path, tmp_path: Path, mo
 
 @by_stem(INFERRED)
 def test_llamafactory_accepts_the_inference_recipe(path: Path, tmp_path: Path) -> None:
-    recipe = load(path)
+    recipe = read(path)
     # The recipe names the output of the one that trains; adapters are looked at before anything is loaded.
-    assert recipe["adapter_name_or_path"] == load(RECIPES / "qwen3_30b_a3b_lora_sft.yaml")["output_dir"]
+    assert recipe["adapter_name_or_path"] == read(RECIPES / "qwen3_30b_a3b_lora_sft.yaml")["output_dir"]
     save_file({"base_model.model.q_proj.lora_A.weight": torch.zeros(1, 1)}, tmp_path / "adapter_model.safetensors")
     recipe["adapter_name_or_path"] = str(tmp_path)
 
@@ -215,7 +205,7 @@ def test_llamafactory_accepts_the_inference_recipe(path: Path, tmp_path: Path) -
 
 @by_stem(HUB)
 def test_model_and_template_belong_together(path: Path) -> None:
-    recipe, architecture = load(path), ARCHITECTURES[architecture_name(path)]
+    recipe, architecture = read(path), ARCHITECTURES[architecture_name(path)]
     assert recipe["model_name_or_path"] in architecture.hub_ids
     assert recipe["template"] in architecture.templates
     assert recipe["template"] in TEMPLATES
@@ -223,7 +213,7 @@ def test_model_and_template_belong_together(path: Path) -> None:
 
 @by_stem(TRAINED)
 def test_dataset_is_described(path: Path) -> None:
-    recipe = load(path)
+    recipe = read(path)
     described = yaml.safe_load((RECIPES.parent / recipe["dataset_dir"] / "dataset_info.json").read_text())
     assert described[recipe["dataset"]].get("ranking", False) == (recipe["stage"] == "dpo")
 
@@ -231,7 +221,7 @@ def test_dataset_is_described(path: Path) -> None:
 @by_stem(TRAINED)
 def test_lora_targets_are_linear_layers_outside_the_routed_experts(path: Path) -> None:
     model = meta_model(architecture_name(path))
-    recipe = load(path)
+    recipe = read(path)
     targets = recipe["lora_target"].split(",")
     # The names LLaMA-Factory hands to PEFT, which for image-text models are full names without the vision tower's.
     names = patch_target_modules(model, FinetuningArguments(lora_target=recipe["lora_target"]), list(targets))
