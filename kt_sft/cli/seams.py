@@ -98,10 +98,17 @@ def _quantizer_hooks() -> str | None:
 def _saving() -> str | None:
     modeling = importlib.import_module("transformers.modeling_utils")
     save = modeling.PreTrainedModel.save_pretrained
-    if not hasattr(save, "guarded_by_kt_sft"):
+    if not hasattr(save, "__wrapped__"):
         return "kt_sft is not attached to PreTrainedModel.save_pretrained"
-    given = list(inspect.signature(inspect.unwrap(save)).parameters)[:2]
-    return None if given == ["self", "save_directory"] else f"save_pretrained takes {', '.join(given)} first"
+    given = list(inspect.signature(inspect.unwrap(save)).parameters)[:4]
+    expected = ["self", "save_directory", "is_main_process", "state_dict"]
+    return None if given == expected else f"save_pretrained takes {', '.join(given)} first"
+
+
+def _key_mapping() -> str | None:
+    modeling = importlib.import_module("transformers.modeling_utils")
+    attached = hasattr(modeling.PreTrainedModel.from_pretrained, "__wrapped__")
+    return None if attached else "kt_sft is not attached to PreTrainedModel.from_pretrained"
 
 
 def _conversions() -> str | None:
@@ -141,6 +148,7 @@ SEAMS: dict[str, Check] = {
     "transformers: quantizer registry": _registry,
     "transformers: quantised checkpoints": _merge_configs,
     "transformers: loading hooks": _quantizer_hooks,
+    "transformers: renamed keys": _key_mapping,
     "transformers: saving": _saving,
     "transformers: weight conversions": _conversions,
     "transformers: experts": _experts_interface,

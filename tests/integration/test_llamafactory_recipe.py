@@ -27,7 +27,7 @@ BLOCKS = {
     "empty": (None, "the block is empty; write `kt_sft: {}`"),
     "empty string": ("", "is no JSON object"),
     "no JSON": ("{expert_format: bf16}", "is no JSON object"),
-    "format of a later version": ({"expert_format": "int4"}, "'int4' is not available in this version"),
+    "setting of a later version": ({"lora_experts": True}, "lora_experts is not available in this version"),
 }
 
 COMBINATIONS = {
