@@ -169,12 +169,27 @@ def register_v1(module: ModuleType) -> None:
     """
 
     @module.QuantizationPlugin("kt_sft").register()
-    def quantization_with_kt_sft(init_kwargs: dict[str, Any], model_args: Any = None, **_: Any) -> dict[str, Any]:
+    def quantization_with_kt_sft(
+        init_kwargs: dict[str, Any], model_args: Any = None, is_trainable: bool = False, **_: Any
+    ) -> dict[str, Any]:
         _refuse_failures(autoload.failures())
+        _check_v1_tuning(dict(model_args.peft_config or {}), is_trainable)
         settings = {key: value for key, value in dict(model_args.quant_config).items() if key != "name"}
         _show_log()
         init_kwargs["quantization_config"] = KTConfig.from_dict(settings)
         return init_kwargs
+
+
+def _check_v1_tuning(peft_config: dict[str, Any], is_trainable: bool) -> None:
+    if is_trainable and peft_config.get("name") != "lora":
+        raise ConfigError(
+            f"kt_sft: fine-tuning of the kind {peft_config.get('name', 'full')} cannot train experts that stay frozen "
+            "on the CPU; set peft_config: {name: lora, ...}"
+        )
+    if is_trainable and peft_config.get("use_dora"):
+        raise ConfigError(f"kt_sft: cannot be combined with use_dora; {_EXCLUDED_FINETUNING_ARGUMENTS['use_dora']}")
+    for adapter in _as_list(peft_config.get("adapter_name_or_path")):
+        check_adapter(adapter)
 
 
 def config_of(model_args: Any) -> KTConfig | None:

@@ -135,7 +135,7 @@ def test_bad_block_on_the_command_line(write_recipe: Callable[..., Path]) -> Non
 def test_registration_in_v1() -> None:
     pytest.importorskip("llamafactory.v1")
     plugins = importlib.import_module("llamafactory.v1.plugins.model_plugins.quantization")
-    arguments = SimpleNamespace(quant_config={"name": "kt_sft", "num_threads": 2})
+    arguments = SimpleNamespace(quant_config={"name": "kt_sft", "num_threads": 2}, peft_config=None)
 
     init_kwargs = plugins.QuantizationPlugin("kt_sft")({"device_map": "cpu"}, model_args=arguments)
 
@@ -145,6 +145,23 @@ def test_registration_in_v1() -> None:
     arguments.quant_config["threads"] = 2
     with pytest.raises(ConfigError, match="unknown setting 'threads'"):
         plugins.QuantizationPlugin("kt_sft")({}, model_args=arguments)
+
+
+@pytest.mark.parametrize(
+    ("peft_config", "message"),
+    [
+        (None, "fine-tuning of the kind full cannot train experts"),
+        ({"name": "freeze"}, "fine-tuning of the kind freeze cannot train experts"),
+        ({"name": "lora", "use_dora": True}, "cannot be combined with use_dora"),
+        ({"name": "lora", "adapter_name_or_path": "/missing/adapter"}, "the adapter /missing/adapter has no"),
+    ],
+)
+def test_what_v1_cannot_tune_is_refused(peft_config: dict[str, Any] | None, message: str) -> None:
+    pytest.importorskip("llamafactory.v1")
+    plugins = importlib.import_module("llamafactory.v1.plugins.model_plugins.quantization")
+    arguments = SimpleNamespace(quant_config={"name": "kt_sft"}, peft_config=peft_config)
+    with pytest.raises(ConfigError, match=message):
+        plugins.QuantizationPlugin("kt_sft")({}, model_args=arguments, is_trainable=True)
 
 
 def test_a_model_loads_through_v1(tiny_moe: Path) -> None:
