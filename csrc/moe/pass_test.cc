@@ -7,6 +7,7 @@
 #include <memory>
 
 #include "testing.h"
+#include "tiers/tested_tiers.h"
 
 namespace kt {
 namespace {
@@ -232,12 +233,10 @@ const struct {
                {70, 3, 2, 37, 29}, {9, 2, 2, 300, 270}, {300, 2, 3, 20, 50}, {600, 1, 1, 8, 9}};
 
 void CheckEveryTier(const Problem& p, const std::string& what) {
-  for (int i = 0; i < kTierCount; ++i) {
-    const TierKernels* const kernels = KernelsOf(static_cast<Tier>(i));
-    if (kernels == nullptr || !CpuSupports(kernels->tier)) continue;
-    const Expected expected = Reference(p, *kernels);
-    const Outputs out = Run(p, *kernels, 2, true);
-    const std::string where = std::string(TierName(kernels->tier)) + " " + what + " H=" + std::to_string(p.hidden) +
+  for (const testing::TestedTier& tier : testing::TestedTiers()) {
+    const Expected expected = Reference(p, *tier.kernels);
+    const Outputs out = Run(p, *tier.kernels, 2, true);
+    const std::string where = tier.name + " " + what + " H=" + std::to_string(p.hidden) +
                               " I=" + std::to_string(p.intermediate) + " type " +
                               std::to_string(static_cast<int>(p.type));
     CheckWithin(expected.y, out.y.data(), p.type, where + " y");
@@ -267,23 +266,26 @@ TEST(EveryFormatIsWithinTheBound) {
   }
 }
 
+void CheckBits(const Problem& p, const testing::TestedTier& tier) {
+  const Outputs one = Run(p, *tier.kernels, 1, true);
+  for (const int threads : {1, 2, 5}) {
+    for (const bool retain : {true, false}) {
+      const Outputs other = Run(p, *tier.kernels, threads, retain);
+      CHECK_MESSAGE(other.y == one.y && other.dx == one.dx && other.dw == one.dw, tier.name + " differs");
+      if (retain) CHECK_MESSAGE(other.retained == one.retained, tier.name + " retains other bits");
+    }
+  }
+}
+
 TEST(BitsDoNotDependOnThreadsOrActivationPolicy) {
   std::mt19937 random(4);
   for (const Stored& stored : {Stored{}, Stored{Format::kInt8}, Stored{Format::kInt4}, Stored{Format::kFp8}}) {
     const Problem p = MakeProblem(333, 3, 6, 150, 290, DType::kBf16, true, random, stored);
-    for (int i = 0; i < kTierCount; ++i) {
-      const TierKernels* const kernels = KernelsOf(static_cast<Tier>(i));
-      if (kernels == nullptr || !CpuSupports(kernels->tier)) continue;
-      const Outputs one = Run(p, *kernels, 1, true);
-      for (const int threads : {1, 2, 5}) {
-        for (const bool retain : {true, false}) {
-          const Outputs other = Run(p, *kernels, threads, retain);
-          CHECK(other.y == one.y && other.dx == one.dx && other.dw == one.dw);
-          if (retain) CHECK(other.retained == one.retained);
-        }
-      }
-    }
+    for (const testing::TestedTier& tier : testing::CpuTiers()) CheckBits(p, tier);
   }
+  // Emulated tiles are slow.
+  const Problem p = MakeProblem(50, 3, 4, 70, 290, DType::kBf16, true, random, {Format::kInt4});
+  for (const testing::TestedTier& tier : testing::EmulatedTiers()) CheckBits(p, tier);
 }
 
 TEST(LongBatchesAreCutWithoutASeam) {

@@ -4,7 +4,7 @@
 #include <utility>
 
 #include "testing.h"
-#include "tiers/tier.h"
+#include "tiers/tested_tiers.h"
 
 namespace kt {
 namespace {
@@ -47,15 +47,6 @@ Result Expected(Activation activation, bool gated, double gate, double up, doubl
   return {value * up, grad * up * slope, grad * value};
 }
 
-std::vector<const TierKernels*> UsableTiers() {
-  std::vector<const TierKernels*> tiers;
-  for (int i = 0; i < kTierCount; ++i) {
-    const Tier tier = static_cast<Tier>(i);
-    if (KernelsOf(tier) != nullptr && CpuSupports(tier)) tiers.push_back(KernelsOf(tier));
-  }
-  return tiers;
-}
-
 // Element i of the tier's operands.
 double ElementAt(const TierKernels& kernels, const void* elements, int64_t i) {
   return LoadAsFloat(elements, kernels.element_bytes == 2 ? DType::kBf16 : DType::kF32, i);
@@ -68,7 +59,8 @@ double Tolerance(const TierKernels& kernels, double expected, double scale) {
 }
 
 TEST(ForwardAgreesWithDoublePrecision) {
-  for (const TierKernels* kernels : UsableTiers()) {
+  for (const testing::TestedTier& tier : testing::TestedTiers()) {
+    const TierKernels* const kernels = tier.kernels;
     const int width = kernels->lanes * kernels->tile_vectors, rows = 5;
     std::vector<float> gate(static_cast<size_t>(rows * width)), up(gate.size());
     for (int gated = 0; gated < 2; ++gated) {
@@ -90,8 +82,8 @@ TEST(ForwardAgreesWithDoublePrecision) {
               const double scale = (1 + std::fabs(gate[at])) * (1 + std::fabs(gate[at])) * (1 + std::fabs(up[at]));
               const double error = std::fabs(ElementAt(*kernels, panel.data(), place) - expected.act);
               CHECK_MESSAGE(error <= Tolerance(*kernels, expected.act, scale),
-                            std::string(TierName(kernels->tier)) + " activation " + std::to_string(a) + " at " +
-                                std::to_string(gate[at]) + " is off by " + std::to_string(error));
+                            tier.name + " activation " + std::to_string(a) + " at " + std::to_string(gate[at]) +
+                                " is off by " + std::to_string(error));
             }
           }
           if (kernels->pair == 2) {  // the odd last row is paired with zeros
@@ -104,7 +96,8 @@ TEST(ForwardAgreesWithDoublePrecision) {
 }
 
 TEST(BackwardAgreesWithDoublePrecision) {
-  for (const TierKernels* kernels : UsableTiers()) {
+  for (const testing::TestedTier& tier : testing::TestedTiers()) {
+    const TierKernels* const kernels = tier.kernels;
     for (int gated = 0; gated < 2; ++gated) {
       for (int a = 0; a < kActivationCount; ++a) {
         const ActivateBackwardFn backward = kernels->activate_backward[gated][a];
@@ -148,7 +141,8 @@ TEST(BackwardAgreesWithDoublePrecision) {
 
 TEST(NanAndInfinityAreNotSwallowed) {
   const float nan = std::numeric_limits<float>::quiet_NaN(), infinity = std::numeric_limits<float>::infinity();
-  for (const TierKernels* kernels : UsableTiers()) {
+  for (const testing::TestedTier& tier : testing::TestedTiers()) {
+    const TierKernels* const kernels = tier.kernels;
     const int width = kernels->lanes;
     const std::vector<float> ones(static_cast<size_t>(2 * width), 1.0F);
     const ActivateFn silu = kernels->activate[1][static_cast<int>(Activation::kSilu)];

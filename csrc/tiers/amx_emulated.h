@@ -48,23 +48,24 @@ class EmulatedTiles {
   template <int kC, int kA, int kB>
   static void MultiplyBf16() {
     AbortOn(MultiplyFault(config_, kC, kA, kB));
-    for (int m = 0; m < config_.rows[kC]; ++m) {
-      for (int n = 0; n < config_.row_bytes[kC] / 4; ++n) {
-        float sum[2] = {0, 0};
-        for (int k = 0; k < config_.row_bytes[kA] / 4; ++k) {
-          for (int half = 0; half < 2; ++half) {
-            const float a = Flush(kt::LoadAsFloat(data_[kA][m], kt::DType::kBf16, 2 * k + half));
-            const float b = Flush(kt::LoadAsFloat(data_[kB][k], kt::DType::kBf16, 2 * n + half));
-            sum[half] = Flush(__builtin_fmaf(a, b, sum[half]));
-          }
-        }
-        const float c = Flush(kt::LoadAsFloat(data_[kC][m], kt::DType::kF32, n));
-        kt::StoreFromFloat(data_[kC][m], kt::DType::kF32, n, Flush(c + Flush(sum[0] + sum[1])));
-      }
-      std::memset(data_[kC][m] + config_.row_bytes[kC], 0, sizeof(data_[kC][m]) - config_.row_bytes[kC]);
+    const int rows = config_.rows[kC], columns = config_.row_bytes[kC] / 4, pairs = config_.rows[kB];
+    float b[kt::TileConfig::kMostRows][2][kMostColumns] = {};
+    for (int k = 0; k < pairs; ++k) {
+      for (int i = 0; i < 2 * columns; ++i) b[k][i % 2][i / 2] = Bf16At(data_[kB][k], i);
     }
-    for (int m = config_.rows[kC]; m < kt::TileConfig::kMostRows; ++m)
-      std::memset(data_[kC][m], 0, sizeof(data_[kC][m]));
+    for (int m = 0; m < rows; ++m) {
+      float sum[2][kMostColumns] = {};
+      for (int k = 0; k < pairs; ++k) {
+        for (int half = 0; half < 2; ++half) {
+          const float a = Bf16At(data_[kA][m], 2 * k + half);
+          for (int n = 0; n < kMostColumns; ++n) sum[half][n] = Flush(__builtin_fmaf(a, b[k][half][n], sum[half][n]));
+        }
+      }
+      for (int n = 0; n < columns; ++n) {
+        const float c = Flush(kt::LoadAsFloat(data_[kC][m], kt::DType::kF32, n));
+        kt::StoreFromFloat(data_[kC][m], kt::DType::kF32, n, Flush(c + Flush(sum[0][n] + sum[1][n])));
+      }
+    }
   }
 
   // Why the instruction would fault, or null. LDTILECFG:
@@ -105,6 +106,10 @@ class EmulatedTiles {
   }
 
  private:
+  static constexpr int kMostColumns = kt::TileConfig::kMostRowBytes / 4;
+
+  static float Bf16At(const uint8_t* row, int i) { return Flush(kt::LoadAsFloat(row, kt::DType::kBf16, i)); }
+
   // Denormals are zeros, as input and as output.
   static float Flush(float x) { return __builtin_fabsf(x) < 0x1p-126F ? __builtin_copysignf(0.0F, x) : x; }
 

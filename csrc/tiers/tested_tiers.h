@@ -23,23 +23,34 @@ struct TestedTier {
   const TierKernels* kernels;
 };
 
-// The AMX tier in every form that runs here.
-inline std::vector<TestedTier> AmxTiers() {
+// Every tier that this CPU has.
+inline std::vector<TestedTier> CpuTiers() {
+  std::vector<TestedTier> tiers;
+  for (int i = 0; i < kTierCount; ++i) {
+    const TierKernels* const kernels = KernelsOf(static_cast<Tier>(i));
+    if (kernels != nullptr && CpuSupports(kernels->tier)) tiers.push_back({TierName(kernels->tier), kernels});
+  }
+  return tiers;
+}
+
+inline std::vector<TestedTier> EmulatedTiers() {
   std::vector<TestedTier> tiers{{"amx emulated on portable vectors", &kEmulatedAmxPortableKernels}};
 #if defined(__x86_64__)
   if (CpuSupports(Tier::kAvx512Bf16)) tiers.push_back({"amx emulated on avx512_bf16", &kEmulatedAmxKernels});
-  if (CpuSupports(Tier::kAmx)) tiers.push_back({"amx", KernelsOf(Tier::kAmx)});
 #endif
   return tiers;
 }
 
-// Every tier that this CPU has, and the emulated ones.
 inline std::vector<TestedTier> TestedTiers() {
-  std::vector<TestedTier> tiers = AmxTiers();
-  for (int i = 0; i < static_cast<int>(Tier::kAmx); ++i) {
-    const TierKernels* const kernels = KernelsOf(static_cast<Tier>(i));
-    if (kernels != nullptr && CpuSupports(kernels->tier)) tiers.push_back({TierName(kernels->tier), kernels});
-  }
+  std::vector<TestedTier> tiers = CpuTiers();
+  for (const TestedTier& tier : EmulatedTiers()) tiers.push_back(tier);
+  return tiers;
+}
+
+// The AMX tier in every form that runs here.
+inline std::vector<TestedTier> AmxTiers() {
+  std::vector<TestedTier> tiers = EmulatedTiers();
+  if (CpuSupports(Tier::kAmx)) tiers.push_back({TierName(Tier::kAmx), KernelsOf(Tier::kAmx)});
   return tiers;
 }
 
