@@ -59,8 +59,8 @@ def _cpus(facts: dict[str, Any]) -> list[str]:
     limit = cpu["container_limit"]
     if limit is not None and limit < cpu["usable"]:
         sentences.append(
-            f"Your container grants {limit:g} of {cpu['usable']} CPUs, so the engine runs {facts['engine']['threads']} "
-            "threads: grant it more (docker run --cpus, or cpu limits in Kubernetes) if experts are to run faster."
+            f"Your container grants {limit:g} of {cpu['usable']} CPUs, and the engine runs no more threads than that: "
+            "grant it more (docker run --cpus, or cpu limits in Kubernetes) if experts are to run faster."
         )
     elif cpu["usable"] < cpu["online"]:
         sentences.append(

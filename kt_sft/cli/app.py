@@ -68,6 +68,9 @@ def bench(
     kt_kernel: Annotated[
         Path | None, typer.Option(help="An interpreter that can import kt_kernel, to be measured too.")
     ] = None,
+    kt_kernel_lora: Annotated[
+        int, typer.Option(min=0, help="Rank of the LoRA on kt-kernel's experts; 0 takes its methods without.")
+    ] = 8,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the figures into this PNG file.")] = None,
 ) -> None:
@@ -83,6 +86,9 @@ def bench(
 
     console = Console()
     try:
+        for option, file in (("--json", json_file), ("--plot", plot)):  # before minutes of measuring, not after
+            if file is not None and not file.absolute().parent.is_dir():
+                raise BenchError(f"{option}: the folder {file.absolute().parent} does not exist")
         planned = plan(
             model=model,
             hidden=hidden,
@@ -98,6 +104,7 @@ def bench(
             memory_gib=memory,
             with_torch=torch,
             kt_kernel=kt_kernel,
+            kt_kernel_lora=kt_kernel_lora,
         )
         report = measure(planned, note=lambda line: console.print(line, style="dim", highlight=False))
     except (BenchError, ConfigError, ShapeError) as error:

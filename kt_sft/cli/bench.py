@@ -7,6 +7,10 @@ touched in each run, and the weights are larger than the caches.
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import itertools
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -14,6 +18,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import kt_sft
 from kt_sft.cli import hosts, machine
@@ -23,9 +28,11 @@ from kt_sft.cli.contenders import (
     LayerContender,
     TorchLinears,
     balanced_batch,
+    onednn_packs,
     random_weights,
     stock_experts,
 )
+from kt_sft.cli.kt_kernel import KtKernel, methods
 from kt_sft.cli.shapes import LayerShape
 from kt_sft.engine.engine import get_engine
 from kt_sft.engine.peaks import Peak, measure_peak
@@ -38,10 +45,17 @@ OURS = "kt_sft"
 #: contender is measured.
 _SETTLE_SECONDS = 0.02
 
-BASELINES = {
-    "torch_linears": "loop of BF16 linear layers with weights packed by oneDNN, forward only",
-    "transformers": "transformers' Qwen3MoeExperts with grouped_mm, BF16",
-}
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """What one variant and number of rows took: `seconds` is contender -> pass -> one value a round."""
+
+    choice: FormatChoice
+    compute: str
+    rows: int
+    stored_bytes: int
+    seconds: dict[str, dict[str, list[float]]]
+
 
 Note = Callable[[str], None]
 
@@ -54,31 +68,46 @@ def measure(plan: Plan, note: Note = lambda _: None) -> dict[str, Any]:
         note: Called with a line when something takes a while.
 
     Returns:
-        The report, ready for JSON: `machine`, `layer`, `settings`, `baselines` (name to description), `peaks` (the
+        The report, ready for JSON: `machine`, `layer`, `settings`, `baselines` (name to descriptions), `peaks` (the
         tier's, measured throughout) and `results`, one dict for each variant, pass and number of rows (see `_result`).
     """
     torch.set_num_threads(plan.threads)
     tier = get_engine(plan.threads).tier
     note(f"{plan.shape.experts} experts of H {plan.shape.hidden}, I {plan.shape.intermediate}; tier {tier}")
+    load = os.getloadavg()[0]
+    if load > plan.threads / 4:
+        note(f"the machine is busy (load {load:.1f}): figures will be low and uneven, torch's more than others")
     weights = random_weights(plan.shape)
-    others: list[Contender] = []
-    if plan.with_torch:
-        others = [TorchLinears(*weights), LayerContender("transformers", stock_experts(plan.shape, *weights))]
+    common: list[Contender] = _of_torch(plan, weights) if plan.with_torch else []
+    baselines = {contender.name: [contender.description] for contender in common}
     peaks: list[Peak] = []
-    timings = []
+    timings: list[Timing] = []
     for choice, computes in _by_format(plan):
         note(f"storing {choice.text}")
-        ours = CpuExperts.from_weights(*weights, config=choice.config(computes[0], plan.threads))
-        for compute in computes:
-            layer = CpuExperts(ours.store, choice.config(compute, plan.threads))
-            contenders = [LayerContender(OURS, layer), *others]
-            for rows in plan.rows:
+        store = CpuExperts.from_weights(*weights, config=choice.config(computes[0], plan.threads)).store
+        with contextlib.ExitStack() as closing:
+            others = common + _of_kt_kernel(plan, choice, closing)
+            for other in others:
+                texts = baselines.setdefault(other.name, [])
+                texts += [] if other.description in texts else [other.description]
+            for compute, rows in itertools.product(computes, plan.rows):
                 note(f"{choice.text}, {compute} products, {rows} rows per expert")
+                layer = CpuExperts(store, choice.config(compute, plan.threads))
                 peaks.append(measure_peak(tier, plan.threads))
-                seconds = _alternate(contenders, plan, rows)
-                timings.append((choice, compute, rows, ours.store.nbytes, seconds))
-    for other in others:
-        other.close()
+                contenders = [LayerContender(OURS, "this engine", layer), *others]
+                seconds = _alternate(contenders, plan, compute, rows)
+                timings.append(Timing(choice, compute, rows, store.nbytes, seconds))
+    return _report(plan, tier, load, baselines, peaks, timings)
+
+
+def _report(
+    plan: Plan,
+    tier: str,
+    load: float,
+    baselines: dict[str, list[str]],
+    peaks: list[Peak],
+    timings: list[Timing],
+) -> dict[str, Any]:
     peak = _median_peak(peaks)
     return {
         "kind": "kt-sft bench",
@@ -87,6 +116,7 @@ def measure(plan: Plan, note: Note = lambda _: None) -> dict[str, Any]:
         "machine": {
             "cpu": machine.cpu_model(),
             "tier": tier,
+            "load_average": load,
             "cache_bytes": plan.cache_bytes,
             "versions": {host["name"]: host["version"] for host in hosts.versions() if host["version"] is not None},
         },
@@ -98,17 +128,43 @@ def measure(plan: Plan, note: Note = lambda _: None) -> dict[str, Any]:
             "top_k": plan.shape.top_k,
         },
         "settings": {"threads": plan.threads, "repeats": plan.repeats},
-        "baselines": {other.name: BASELINES[other.name] for other in others},
+        "baselines": baselines,
         "peaks": {
             "gflops": peak.gflops,
             "read_gbs": peak.read_gbs,
             "gflops_range": [min(p.gflops for p in peaks), max(p.gflops for p in peaks)],
             "read_gbs_range": [min(p.read_gbs for p in peaks), max(p.read_gbs for p in peaks)],
         },
-        "results": [
-            _result(plan.shape, peak, *timing, which) for timing in timings for which in _passes(plan, timing[1])
-        ],
+        "results": [_result(plan.shape, peak, timing, which) for timing in timings for which in timing.seconds[OURS]],
     }
+
+
+def _of_torch(plan: Plan, weights: tuple[Tensor, Tensor]) -> list[Contender]:
+    stock = stock_experts(plan.shape, *weights)
+    return [
+        *([TorchLinears(*weights)] if "forward" in plan.passes and onednn_packs() else []),
+        LayerContender("transformers", "transformers' Qwen3MoeExperts with grouped_mm, BF16", stock),
+    ]
+
+
+def _of_kt_kernel(plan: Plan, choice: FormatChoice, closing: contextlib.ExitStack) -> list[Contender]:
+    """kt-kernel's processes for a format, which end with `closing`."""
+    if plan.kt_kernel is None:
+        return []
+    found: list[Contender] = []
+    for method in methods(choice.expert_format, plan.kt_kernel_lora):
+        peer = KtKernel(
+            plan.kt_kernel,
+            method,
+            plan.shape,
+            threads=plan.threads,
+            numa_nodes=min(max(1, len(machine.numa_nodes())), plan.threads),
+            lora_rank=plan.kt_kernel_lora,
+            most_rows=max(plan.rows),
+        )
+        closing.callback(peer.close)
+        found.append(peer)
+    return found
 
 
 def _by_format(plan: Plan) -> list[tuple[FormatChoice, list[str]]]:
@@ -118,24 +174,22 @@ def _by_format(plan: Plan) -> list[tuple[FormatChoice, list[str]]]:
     return list(grouped.items())
 
 
-def _passes(plan: Plan, compute: str) -> list[str]:
-    """What is measured of a variant: backward multiplies BF16 whatever forward does, so once is enough."""
-    return [which for which in plan.passes if which == "forward" or compute == "bf16"]
-
-
-def _alternate(contenders: list[Contender], plan: Plan, rows: int) -> dict[str, dict[str, list[float]]]:
+def _alternate(contenders: list[Contender], plan: Plan, compute: str, rows: int) -> dict[str, dict[str, list[float]]]:
     """Seconds of every round: contender -> pass -> list."""
     batch = balanced_batch(plan.shape, rows)
     for contender in contenders:
         contender.prepare(batch)
-    backward = "backward" in plan.passes
+    # Backward multiplies BF16 whatever forward does, so it is measured with BF16 products only.
+    passes = [which for which in plan.passes if which == "forward" or compute == "bf16"]
     seconds: dict[str, dict[str, list[float]]] = {contender.name: {} for contender in contenders}
     for round_ in range(plan.repeats + 1):
         for contender in contenders:
             time.sleep(_SETTLE_SECONDS)
-            taken = contender.run(backward and contender.trains)
-            if round_ > 0:  # the first one warms up: buffers grow, threads start
-                for which, value in taken.items():
+            taken = contender.run("backward" in passes and contender.trains)
+            if round_ == 0:  # warms up: buffers grow, threads start
+                continue
+            for which, value in taken.items():
+                if which in passes:
                     seconds[contender.name].setdefault(which, []).append(value)
     return seconds
 
@@ -148,40 +202,30 @@ def _median_peak(peaks: list[Peak]) -> Peak:
     )
 
 
-def _result(
-    shape: LayerShape,
-    peak: Peak,
-    choice: FormatChoice,
-    compute: str,
-    rows: int,
-    stored_bytes: int,
-    seconds: dict[str, dict[str, list[float]]],
-    which: str,
-) -> dict[str, Any]:
+def _result(shape: LayerShape, peak: Peak, timing: Timing, which: str) -> dict[str, Any]:
     """One line of the report.
 
     `seconds` is the median, `spread` half the distance between the quartiles over it. `peak_share` is of the tier's
-    measured peak and None for INT8 products, which have another. At one row per expert `read_gbs` counts the stored
+    measured peak, and None for INT8 products, whose peak is another. At one row per expert `read_gbs` counts the stored
     bytes of all experts, scales included, and `read_share` is of the measured bandwidth. `others` holds each baseline
     that has this pass; `ratio` is how many times faster ours is, the median of the rounds' ratios.
     """
-    ours = seconds[OURS][which]
+    ours, rows = timing.seconds[OURS][which], timing.rows
     median = statistics.median(ours)
     gflops = shape.flops(rows) / median / 1e9
-    streams = rows == 1
-    gbs = stored_bytes / median / 1e9
+    gbs = timing.stored_bytes / median / 1e9
     return {
-        "format": choice.text,
-        "compute": compute if which == "forward" else "bf16",
+        "format": timing.choice.text,
+        "compute": timing.compute,
         "pass": which,
         "rows_per_expert": rows,
-        "stored_bytes": stored_bytes,
+        "stored_bytes": timing.stored_bytes,
         "seconds": median,
         "spread": spread(ours),
         "gflops": gflops,
-        "peak_share": gflops / peak.gflops if compute == "bf16" else None,
-        "read_gbs": gbs if streams else None,
-        "read_share": gbs / peak.read_gbs if streams else None,
+        "peak_share": gflops / peak.gflops if timing.compute == "bf16" else None,
+        "read_gbs": gbs if rows == 1 else None,
+        "read_share": gbs / peak.read_gbs if rows == 1 else None,
         "others": {
             name: {
                 "seconds": statistics.median(theirs[which]),
@@ -189,7 +233,7 @@ def _result(
                 "gflops": shape.flops(rows) / statistics.median(theirs[which]) / 1e9,
                 "ratio": statistics.median(b / a for a, b in zip(ours, theirs[which], strict=True)),
             }
-            for name, theirs in seconds.items()
+            for name, theirs in timing.seconds.items()
             if name != OURS and which in theirs
         },
     }

@@ -74,6 +74,7 @@ class Plan:
     repeats: int
     with_torch: bool
     kt_kernel: Path | None
+    kt_kernel_lora: int
     cache_bytes: int | None
 
 
@@ -93,6 +94,7 @@ def plan(
     memory_gib: float | None,
     with_torch: bool,
     kt_kernel: Path | None,
+    kt_kernel_lora: int,
 ) -> Plan:
     """Settles a bench from the command line's options.
 
@@ -109,7 +111,10 @@ def plan(
         shape = dataclasses.replace(shape, **changes, experts=most, name=f"{shape.name}, changed")
     threads = engine_cpus(threads)[0]
     choices = _formats(formats)
-    variants = _variants(choices, _words("--compute", compute, COMPUTE_TYPES), threads)
+    computes, measured = _words("--compute", compute, COMPUTE_TYPES), _words("--passes", passes, PASSES)
+    if "bf16" not in computes and "forward" not in measured:
+        raise BenchError("--compute int8 changes forward products only; add forward to --passes")
+    variants = _variants(choices, computes, threads)
     most_rows = _numbers("--rows", rows)
     if kt_kernel is not None and not kt_kernel.exists():
         raise BenchError(f"--kt-kernel {kt_kernel} does not exist; give the python of an environment with kt-kernel")
@@ -120,11 +125,12 @@ def plan(
         shape=dataclasses.replace(shape, experts=held),
         variants=variants,
         rows=most_rows,
-        passes=_words("--passes", passes, PASSES),
+        passes=measured,
         threads=threads,
         repeats=repeats,
         with_torch=with_torch,
         kt_kernel=kt_kernel,
+        kt_kernel_lora=kt_kernel_lora,
         cache_bytes=cache,
     )
 

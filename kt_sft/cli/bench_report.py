@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
+
+#: Column headings of the baselines, short enough for 80 columns.
+_HEADINGS = {
+    "torch_linears": "x torch\nlinears",
+    "transformers": "x trans-\nformers",
+    "kt_kernel": "x kt-\nkernel",
+    "kt_kernel_rawint4": "x kt-k.\nrawint4",
+}
+
+
+#: Lines of the baselines in the plot.
+_STYLES = (":", "--", "-.", (0, (1, 4)))
 
 
 def show(report: dict[str, Any], console: Console) -> None:
@@ -22,33 +35,36 @@ def show(report: dict[str, Any], console: Console) -> None:
     )
     for which in dict.fromkeys(result["pass"] for result in report["results"]):
         console.print(_table(report, which))
-    for name, description in report["baselines"].items():
-        console.print(f"{name}: {description}", style="dim", highlight=False)
+    console.print("x: how many times faster than")
+    for name, descriptions in report["baselines"].items():
+        for description in descriptions:
+            console.print(f"- {name}: {description}", style="dim", highlight=False)
 
 
 def _table(report: dict[str, Any], which: str) -> Table:
     """One pass: ours, and how many times faster it is than each baseline that has this pass."""
     results = [result for result in report["results"] if result["pass"] == which]
     names = [name for name in report["baselines"] if any(name in result["others"] for result in results)]
-    table = Table(title=which, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    streams = any(result["read_gbs"] is not None for result in results)
+    table = Table(title=which, title_justify="left", box=box.SIMPLE_HEAD, padding=0)
     table.add_column("format", no_wrap=True)
-    for heading in ("rows", "GFLOP/s", "±", "of peak", "GB/s", "of read", *(f"x {name}" for name in names)):
-        table.add_column(heading, justify="right")
+    headings = ["rows", "GFLOP/s", "±", "of\npeak", *(["GB/s", "of\nread"] if streams else [])]
+    for heading in [*headings, *(_HEADINGS[name] for name in names)]:
+        table.add_column(heading, justify="right", no_wrap=True)
     previous = None
     for result in results:
         label = _label(result)
         if previous not in (None, label):
             table.add_section()
         previous = label
-        others = result["others"]
+        gbs, others = result["read_gbs"], result["others"]
         table.add_row(
             label,
             str(result["rows_per_expert"]),
             f"{result['gflops']:.0f}",
             f"{result['spread']:.0%}",
             _share(result["peak_share"]),
-            "" if result["read_gbs"] is None else f"{result['read_gbs']:.1f}",
-            _share(result["read_share"]),
+            *(["" if gbs is None else f"{gbs:.1f}", _share(result["read_share"])] if streams else []),
             *(f"{others[name]['ratio']:.2f}" if name in others else "" for name in names),
         )
     return table
@@ -56,7 +72,7 @@ def _table(report: dict[str, Any], which: str) -> Table:
 
 def _label(result: dict[str, Any]) -> str:
     name, compute = result["format"], result["compute"]
-    return name if compute == "bf16" else f"{name}, {compute} products"
+    return name if compute == "bf16" else f"{name} x {compute}"
 
 
 def _share(value: float | None) -> str:
@@ -64,42 +80,45 @@ def _share(value: float | None) -> str:
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
-    """Draws speed over rows per expert, one panel a pass, the measured peak on top."""
-    import matplotlib
+    """Draws speed over rows per expert, one panel a pass, under the measured peak.
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    Args:
+        report: From `bench.measure`.
+        path: A PNG file.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator
 
     passes = list(dict.fromkeys(result["pass"] for result in report["results"]))
-    figure, axes = plt.subplots(1, len(passes), figsize=(6.5 * len(passes), 4.8), sharey=True, squeeze=False)
-    for axis, which in zip(axes[0], passes, strict=True):
+    figure = Figure(figsize=(6.5 * len(passes), 5.0), layout="tight")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, len(passes), sharey=True, squeeze=False)[0]
+    for axis, which in zip(axes, passes, strict=True):
         results = [result for result in report["results"] if result["pass"] == which]
         for label, line in _lines(results).items():
             axis.plot(*zip(*line, strict=True), marker="o", label=label)
-        for name in report["baselines"]:
-            points = _baseline(results, name)
-            if points:
-                axis.plot(*zip(*points, strict=True), marker=".", linestyle=":", color="gray", alpha=0.8)
-                axis.annotate(name, points[-1], fontsize=7, color="gray", ha="right", va="bottom")
-        axis.axhline(report["peaks"]["gflops"], color="black", linewidth=0.8)
-        axis.annotate(
-            "measured peak", (0.01, report["peaks"]["gflops"]), xycoords=("axes fraction", "data"), fontsize=8
-        )
+        for name, style in zip(report["baselines"], itertools.cycle(_STYLES), strict=False):
+            if points := _baseline(results, name):
+                axis.plot(*zip(*points, strict=True), marker=".", linestyle=style, color="gray", label=name)
+        axis.axhline(report["peaks"]["gflops"], color="black", linewidth=0.8, label="measured peak")
         axis.set_xscale("log", base=2)
         axis.set_yscale("log", base=2)
+        axis.set_xticks(sorted({result["rows_per_expert"] for result in results}))
+        for ticks in (axis.xaxis, axis.yaxis):
+            ticks.set_major_formatter("{x:g}")
+            ticks.set_minor_locator(NullLocator())
         axis.set_title(which)
         axis.set_xlabel("rows per expert")
         axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel("GFLOP/s")
-    axes[0][0].legend(fontsize=8)
+    axes[0].set_ylabel("GFLOP/s")
+    axes[0].legend(fontsize=8, loc="lower right")
     figure.suptitle(
-        f"{report['layer']['name']} on {report['machine']['cpu']}, tier {report['machine']['tier']}, "
+        f"{report['layer']['name']} on {report['machine']['cpu'] or 'unknown CPU'}, tier {report['machine']['tier']}, "
         f"{report['settings']['threads']} threads",
         fontsize=10,
     )
-    figure.tight_layout()
-    figure.savefig(path, dpi=140)
-    plt.close(figure)
+    figure.savefig(path, format="png", dpi=140)
 
 
 def _lines(results: list[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:

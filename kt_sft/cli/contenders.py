@@ -33,6 +33,7 @@ class Contender(Protocol):
     """One implementation of the layer."""
 
     name: str
+    description: str
     #: Whether it has a backward.
     trains: bool
 
@@ -41,9 +42,6 @@ class Contender(Protocol):
 
     def run(self, backward: bool) -> dict[str, float]:
         """Computes once; seconds by pass: forward, and backward if asked for and `trains`."""
-
-    def close(self) -> None:
-        """Gives back what it holds."""
 
 
 def random_weights(shape: LayerShape) -> tuple[Tensor, Tensor]:
@@ -73,13 +71,15 @@ class LayerContender:
 
     Args:
         name: What the report calls it.
+        description: What the report says of it.
         layer: Called with hidden_states [T, H], top_k_index [T, K] and top_k_weights [T, K].
     """
 
     trains = True
 
-    def __init__(self, name: str, layer: Layer) -> None:
+    def __init__(self, name: str, description: str, layer: Layer) -> None:
         self.name = name
+        self.description = description
         self._layer = layer
 
     def prepare(self, batch: Batch) -> None:
@@ -99,10 +99,6 @@ class LayerContender:
             seconds["backward"] = time.perf_counter() - middle
         return seconds
 
-    def close(self) -> None:
-        """Lets the layer go."""
-        del self._layer
-
 
 class TorchLinears:
     """The fastest BF16 forward that torch alone has on the CPU: a loop of linear layers with weights packed by oneDNN.
@@ -116,6 +112,7 @@ class TorchLinears:
     """
 
     name = "torch_linears"
+    description = "torch's BF16 linear layers with weights packed by oneDNN, in a loop; forward only"
     trains = False
 
     def __init__(self, gate_up: Tensor, down: Tensor) -> None:
@@ -149,9 +146,10 @@ class TorchLinears:
             y_TH.index_add_(0, token, _linear(nn.functional.silu(gate) * up, down) * weight)
         return y_TH
 
-    def close(self) -> None:
-        """Lets the packed weights go."""
-        self._packed.clear()
+
+def onednn_packs() -> bool:
+    """Whether torch can pack BF16 weights for this CPU (it wants AVX-512 or AVX-NE-CONVERT on x86)."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def stock_experts(shape: LayerShape, gate_up: Tensor, down: Tensor) -> nn.Module:

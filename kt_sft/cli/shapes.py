@@ -89,6 +89,8 @@ def shape_of(model: str) -> LayerShape:
 
 
 def _from_config(config: Any, path: Path) -> LayerShape:
+    if not isinstance(config, dict):
+        raise ShapeError(f"{path} holds no JSON object")
     # Models that also see or hear keep their language model's sizes one level down.
     candidates = [config, *(config[key] for key in ("text_config", "llm_config") if key in config)]
     problems = []
@@ -103,6 +105,6 @@ def _from_config(config: Any, path: Path) -> LayerShape:
 
 
 def _first(config: Any, keys: tuple[str, ...]) -> int | None:
-    if not isinstance(config, dict):
+    if not isinstance(config, dict):  # a part that some model keeps as a name
         return None
     return next((config[key] for key in keys if isinstance(config.get(key), int)), None)

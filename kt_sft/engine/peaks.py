@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 
 from kt_sft.engine import _native  # type: ignore[attr-defined]
-from kt_sft.engine.cpus import engine_cpus
+from kt_sft.engine.cpus import SPIN_MICROSECONDS, engine_cpus
 
 
 @dataclasses.dataclass(frozen=True)
 class Peak:
-    """One measurement, the best of a few short trials.
+    """One measurement, the median of a few short trials.
 
     Attributes:
         threads: How many threads it holds for.
@@ -36,6 +36,6 @@ def measure_peak(tier: str, num_threads: int | None = None) -> Peak:
     """
     if tier not in _native.available_tiers():
         raise ValueError(f"kt_sft: tier {tier!r} is not available here; {', '.join(_native.available_tiers())} are")
-    threads, cpus = engine_cpus(num_threads)
-    flops, bandwidth = _native.Engine(threads, cpus, tier).peak()
+    threads, node_cpus = engine_cpus(num_threads)
+    flops, bandwidth = _native.Engine(threads, node_cpus, tier, SPIN_MICROSECONDS).peak()
     return Peak(threads, flops * threads / 1e9, bandwidth / 1e9)
