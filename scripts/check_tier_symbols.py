@@ -3,8 +3,9 @@
 Every tier's unit is compiled with raised instruction flags. Two things could carry its instructions elsewhere:
 
 - An inline function or template instantiated there with external linkage is a weak symbol; if the linker keeps that
-  copy for the whole module, a CPU without these instructions runs it and stops. So no tier's object file may define one.
-- Flags given to the wrong unit. So every object file is disassembled, and holds instructions of its own level at most.
+  copy for the whole module, a CPU without these instructions runs it and stops. No tier's object file may define one.
+- Flags given to the wrong unit. So every object file is disassembled, and may hold instructions of its own level at
+  most.
 
 Usage: check_tier_symbols.py BUILD_DIRECTORY
 """

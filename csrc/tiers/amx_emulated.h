@@ -23,49 +23,62 @@ class EmulatedTiles {
 
   static void Release() { config_ = kNone; }
 
-  template <int kTile>
-  static void Zero() {
-    AbortOn(TileFault(config_, kTile));
-    std::memset(data_[kTile], 0, sizeof(data_[kTile]));
+  static void Zero(int tile) {
+    AbortOn(TileFault(config_, tile));
+    std::memset(data_[tile], 0, sizeof(data_[tile]));
   }
 
-  template <int kTile>
-  static void Load(const void* from, int64_t stride) {
-    Zero<kTile>();  // rows and bytes beyond the tile's shape
-    for (int r = 0; r < config_.rows[kTile]; ++r)
-      std::memcpy(data_[kTile][r], static_cast<const char*>(from) + r * stride, config_.row_bytes[kTile]);
+  static void Load(int tile, const void* from, int64_t stride) {
+    Zero(tile);  // rows and bytes beyond the tile's shape
+    for (int r = 0; r < config_.rows[tile]; ++r)
+      std::memcpy(data_[tile][r], static_cast<const char*>(from) + r * stride, config_.row_bytes[tile]);
   }
 
-  template <int kTile>
-  static void Store(void* to, int64_t stride) {
-    AbortOn(TileFault(config_, kTile));
-    for (int r = 0; r < config_.rows[kTile]; ++r)
-      std::memcpy(static_cast<char*>(to) + r * stride, data_[kTile][r], config_.row_bytes[kTile]);
+  static void Store(int tile, void* to, int64_t stride) {
+    AbortOn(TileFault(config_, tile));
+    for (int r = 0; r < config_.rows[tile]; ++r)
+      std::memcpy(static_cast<char*>(to) + r * stride, data_[tile][r], config_.row_bytes[tile]);
   }
 
   // TDPBF16PS: the products of the even halves of all pairs are summed, and those of the odd halves, each with one
   // rounding; then the two sums together, and that to C.
-  template <int kC, int kA, int kB>
-  static void MultiplyBf16() {
-    AbortOn(MultiplyFault(config_, kC, kA, kB));
-    const int rows = config_.rows[kC], columns = config_.row_bytes[kC] / 4, pairs = config_.rows[kB];
+  static void MultiplyBf16(int c_tile, int a_tile, int b_tile) {
+    AbortOn(MultiplyFault(config_, c_tile, a_tile, b_tile));
+    const int rows = config_.rows[c_tile], columns = config_.row_bytes[c_tile] / 4, pairs = config_.rows[b_tile];
     float b[kt::TileConfig::kMostRows][2][kMostColumns] = {};
     for (int k = 0; k < pairs; ++k) {
-      for (int i = 0; i < 2 * columns; ++i) b[k][i % 2][i / 2] = Bf16At(data_[kB][k], i);
+      for (int i = 0; i < 2 * columns; ++i) b[k][i % 2][i / 2] = Bf16At(data_[b_tile][k], i);
     }
     for (int m = 0; m < rows; ++m) {
       float sum[2][kMostColumns] = {};
       for (int k = 0; k < pairs; ++k) {
         for (int half = 0; half < 2; ++half) {
-          const float a = Bf16At(data_[kA][m], 2 * k + half);
+          const float a = Bf16At(data_[a_tile][m], 2 * k + half);
           for (int n = 0; n < kMostColumns; ++n) sum[half][n] = Flush(__builtin_fmaf(a, b[k][half][n], sum[half][n]));
         }
       }
       for (int n = 0; n < columns; ++n) {
-        const float c = Flush(kt::LoadAsFloat(data_[kC][m], kt::DType::kF32, n));
-        kt::StoreFromFloat(data_[kC][m], kt::DType::kF32, n, Flush(c + Flush(sum[0][n] + sum[1][n])));
+        const float c = Flush(kt::LoadAsFloat(data_[c_tile][m], kt::DType::kF32, n));
+        kt::StoreFromFloat(data_[c_tile][m], kt::DType::kF32, n, Flush(c + Flush(sum[0][n] + sum[1][n])));
       }
     }
+  }
+
+  template <int kTile>
+  static void Zero() {
+    Zero(kTile);
+  }
+  template <int kTile>
+  static void Load(const void* from, int64_t stride) {
+    Load(kTile, from, stride);
+  }
+  template <int kTile>
+  static void Store(void* to, int64_t stride) {
+    Store(kTile, to, stride);
+  }
+  template <int kC, int kA, int kB>
+  static void MultiplyBf16() {
+    MultiplyBf16(kC, kA, kB);
   }
 
   // Why the instruction would fault, or null. LDTILECFG:

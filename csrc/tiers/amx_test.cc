@@ -24,11 +24,11 @@ float DotOfPairs(float c, const std::vector<float>& a, const std::vector<float>&
   config.Set(1, 1, 4 * pairs);
   config.Set(2, pairs, 4);
   EmulatedTiles::Configure(config);
-  EmulatedTiles::Load<0>(&c, 4);
-  EmulatedTiles::Load<1>(a_row.data(), 4 * pairs);
-  EmulatedTiles::Load<2>(b_column.data(), 4);
-  EmulatedTiles::MultiplyBf16<0, 1, 2>();
-  EmulatedTiles::Store<0>(&c, 4);
+  EmulatedTiles::Load(0, &c, 4);
+  EmulatedTiles::Load(1, a_row.data(), 4 * pairs);
+  EmulatedTiles::Load(2, b_column.data(), 4);
+  EmulatedTiles::MultiplyBf16(0, 1, 2);
+  EmulatedTiles::Store(0, &c, 4);
   EmulatedTiles::Release();
   return c;
 }
@@ -43,11 +43,11 @@ TEST(PairsAreMultipliedRowByColumn) {
   config.Set(6, 2, 8);
   config.Set(7, 2, 12);
   EmulatedTiles::Configure(config);
-  EmulatedTiles::Load<5>(c.data(), 16);
-  EmulatedTiles::Load<6>(a.data(), 8);
-  EmulatedTiles::Load<7>(b.data(), 12);
-  EmulatedTiles::MultiplyBf16<5, 6, 7>();
-  EmulatedTiles::Store<5>(c.data(), 16);
+  EmulatedTiles::Load(5, c.data(), 16);
+  EmulatedTiles::Load(6, a.data(), 8);
+  EmulatedTiles::Load(7, b.data(), 12);
+  EmulatedTiles::MultiplyBf16(5, 6, 7);
+  EmulatedTiles::Store(5, c.data(), 16);
   EmulatedTiles::Release();
   // Row 0, column 0: 1 + 1*1 + 2*10 + 3*100 + 4*1000.
   CHECK((c == std::vector<float>{4322, 8644, 17287, -1, 8769, 17535, 35066, -1}));

@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "tiers/amx_trap.h"
 #include "tiers/tier.h"
 
 namespace kt {
@@ -37,6 +38,12 @@ inline std::vector<TestedTier> EmulatedTiers() {
   std::vector<TestedTier> tiers{{"amx emulated on portable vectors", &kEmulatedAmxPortableKernels}};
 #if defined(__x86_64__)
   if (CpuSupports(Tier::kAvx512Bf16)) tiers.push_back({"amx emulated on avx512_bf16", &kEmulatedAmxKernels});
+#if defined(__linux__)
+  if (CpuSupports(Tier::kAvx512Bf16) && !CpuSupports(Tier::kAmx)) {
+    TrapTileInstructions();
+    tiers.push_back({"amx with its instructions trapped", KernelsOf(Tier::kAmx)});
+  }
+#endif
 #endif
   return tiers;
 }
