@@ -16,8 +16,8 @@ const char* TierName(Tier tier);
 // The tier of that name; throws std::invalid_argument for any other name.
 Tier TierFromName(const std::string& name);
 
-// Whether CPUID and XGETBV say that `tier`'s instructions, and the registers they use, are usable here. For AMX the
-// operating system is asked to grant them as well, once per process: before worker threads start, please.
+// Whether CPUID and XGETBV say that `tier`'s instructions, and the registers they use, are usable here. The first call
+// for AMX asks the operating system to grant its tiles to the process, and so belongs before worker threads start.
 bool CpuSupports(Tier tier);
 
 // The CPU's own name, empty where it cannot be read.
