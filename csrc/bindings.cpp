@@ -27,6 +27,7 @@ class HeldTicket {
  public:
   HeldTicket(std::shared_ptr<Ticket> ticket, py::object held) : ticket_(std::move(ticket)), held_(std::move(held)) {}
   ~HeldTicket() {  // NOLINT(bugprone-exception-escape): releasing the GIL does not throw while Python runs
+    if (getpid() != creator_) return;  // a forked child: the engine's threads are not here
     const py::gil_scoped_release release;
     try {
       ticket_->Wait();

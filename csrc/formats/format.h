@@ -8,7 +8,7 @@
 //   template <class Ops, bool kScaled> static void DecodeRow(const MatrixView&, int64_t row, int64_t column,
 //                                                            int64_t count, typename Ops::Element* out);
 // Elements is the stored row itself where it needs no decoding on this tier, else null. DecodeRow turns `count` weights
-// of one row, from `column` on (even, for codes of 4 bits), into the tier's element type: code x scale, or the bare
+// of one row, from `column` on (a multiple of kLeastGroup), into the tier's element type: code x scale, or the bare
 // code, which every element type holds exactly. It is instantiated once per tier, with that tier's `Ops`, so it may use
 // the tier's vector operations.
 #pragma once
@@ -61,6 +61,11 @@ static inline int64_t ScaleBytes(ScaleType type) {
       break;
   }
   return 0;
+}
+
+// What turns a column into the number of its group: groups are a power of two long, or span whole rows.
+static inline int GroupShift(const MatrixView& w) {
+  return (w.group & (w.group - 1)) == 0 ? __builtin_ctzll(static_cast<unsigned long long>(w.group)) : 62;
 }
 
 // Row `row`'s scales of `count` groups, from group `first` on, as FP32.

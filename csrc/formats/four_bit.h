@@ -28,6 +28,10 @@ struct FourBitCodes {
   static void Decode(const uint8_t* codes, typename Ops::F* even, typename Ops::F* odd) {
     Ops::LookUp(kValues, codes, even, odd);
   }
+  template <class Ops>
+  static void Store(const uint8_t* codes, typename Ops::Element* out) {
+    Ops::StoreLookUp(kValues, codes, out);
+  }
 };
 
 // A template argument must have linkage of some kind; these names have it within their unit only.

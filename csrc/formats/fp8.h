@@ -15,6 +15,12 @@ struct Fp8Codes {
     *first = Ops::FromFp8(codes);
     *second = Ops::FromFp8(codes + Ops::kLanes);
   }
+  template <class Ops>
+  static void Store(const uint8_t* codes, typename Ops::Element* out) {
+    typename Ops::F first, second;
+    Decode<Ops>(codes, &first, &second);
+    Ops::StoreHalves(first, second, out);
+  }
 };
 
 using Fp8Format = ScaledFormat<Fp8Codes>;

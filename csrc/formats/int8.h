@@ -14,6 +14,12 @@ struct Int8Codes {
     *first = Ops::FromInt8(codes);
     *second = Ops::FromInt8(codes + Ops::kLanes);
   }
+  template <class Ops>
+  static void Store(const uint8_t* codes, typename Ops::Element* out) {
+    typename Ops::F first, second;
+    Decode<Ops>(codes, &first, &second);
+    Ops::StoreHalves(first, second, out);
+  }
 };
 
 using Int8Format = ScaledFormat<Int8Codes>;

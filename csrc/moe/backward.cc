@@ -15,8 +15,6 @@ namespace {
 constexpr int64_t kPanelRows = 256;
 constexpr int64_t kPanelColumns = 256;
 constexpr int64_t kRowsPerTask = 64;
-// Tiles of tokens between two askings for the weights that come next.
-constexpr int64_t kStripTiles = 2;
 
 }  // namespace
 
@@ -24,7 +22,7 @@ void Pass::BackwardChunk(const Chunk& given) {
   Chunk chunk = given;
   const LayerShape& shape = chunk.shape;
   const int64_t rows = chunk.routing.rows(), parts = shape.gated ? 2 : 1, bytes = kernels_.element_bytes;
-  const int64_t grad_stride = RowStride(shape.hidden), out_stride = RoundUp(shape.hidden, width()) + 16;
+  const int64_t grad_stride = RowStride(shape.hidden), out_stride = ResultStride(shape.hidden);
   const int64_t d_pre_bytes = rows * RowStride(parts * Padded(shape.intermediate)) * bytes;
   const int64_t inner_values = rows * CeilDiv(shape.intermediate, kPanelColumns);
   const int64_t panel_columns = RoundUp(kPanelColumns, width());
@@ -82,7 +80,6 @@ void Pass::MultiplyColumns(const WeightColumns& w, const WeightColumns* next, Fo
                            const char* a, int64_t a_stride, float* c, int64_t c_stride, bool accumulate,
                            char* panels) const {
   const int64_t bytes = kernels_.element_bytes, panel_elements = kPanelRows * width();
-  const int64_t strip = kStripTiles * kernels_.tile_rows;
   for (int64_t n = 0; n < w.rows; n += kPanelRows) {
     const int64_t depth = Smaller(kPanelRows, w.rows - n);
     kernels_.decode_panels[static_cast<int>(format)](w.view, n, static_cast<int>(depth), w.column,
@@ -92,16 +89,13 @@ void Pass::MultiplyColumns(const WeightColumns& w, const WeightColumns* next, Fo
     Ahead ahead;
     if (then != nullptr) {
       const int64_t row = last ? 0 : n + kPanelRows;
-      ahead = Ahead(then->view, row, Smaller(kPanelRows, then->rows - row), then->column, then->columns,
-                    CeilDiv(w.columns, width()) * CeilDiv(a_rows, strip));
+      ahead =
+          AheadOf(then->view, row, Smaller(kPanelRows, then->rows - row), then->column, then->columns,
+                  CeilDiv(w.columns, width()) * CeilDiv(a_rows, kernels_.tile_rows) * CeilDiv(depth, kernels_.pair));
     }
     for (int64_t p = 0; p * width() < w.columns; ++p) {
-      for (int64_t r = 0; r < a_rows; r += strip) {
-        ahead.Ask();
-        kernels_.multiply(a + (r * a_stride + n) * bytes, a_stride, Smaller(strip, a_rows - r),
-                          panels + p * panel_elements * bytes, static_cast<int>(width()), depth, RowScales(),
-                          c + r * c_stride + p * width(), c_stride, accumulate || n > 0);
-      }
+      kernels_.multiply(a + n * bytes, a_stride, a_rows, panels + p * panel_elements * bytes, static_cast<int>(width()),
+                        depth, RowScales(), c + p * width(), c_stride, accumulate || n > 0, ahead);
     }
   }
   EndProducts();

@@ -22,7 +22,8 @@ void Pass::ForwardChunk(const Chunk& chunk) {
   Panels act = LayOutPanels(chunk.routing, chunk.shape.intermediate);
   const size_t worker_bytes = ForwardWorkerBytes();
   // The rows to combine take the place of the hidden panels, which nobody needs any more by then.
-  const size_t shared_bytes = static_cast<size_t>(std::max(x.bytes(), chunk.routing.rows() * chunk.shape.hidden * 4));
+  const size_t shared_bytes =
+      static_cast<size_t>(std::max(x.bytes(), chunk.routing.rows() * ResultStride(chunk.shape.hidden) * 4));
   arena_.Reset(Arena::Measure(shared_bytes) + Arena::Measure(static_cast<size_t>(act.bytes())) +
                MeasureWorkers(worker_bytes) + 64);
   x.data = arena_.Take<char>(static_cast<int64_t>(shared_bytes));
@@ -33,7 +34,7 @@ void Pass::ForwardChunk(const Chunk& chunk) {
   GateUp(chunk, x, &act);
   float* const rows = reinterpret_cast<float*>(x.data);
   Down(chunk, act, rows);
-  CombineRows(chunk, rows, chunk.shape.hidden, true, chunk.call.output);
+  CombineRows(chunk, rows, ResultStride(chunk.shape.hidden), true, chunk.call.output);
 }
 
 void Pass::GateUp(const Chunk& chunk, const Panels& x, const Panels* act) {
@@ -114,7 +115,7 @@ void Pass::GateUpFew(const Chunk& chunk, const Panels& x, const Panels* act, siz
 void Pass::Down(const Chunk& chunk, const Panels& act, float* out_rows) {
   const ExpertLayer& layer = *chunk.call.layer;
   const LayerShape& shape = chunk.shape;
-  const int64_t tasks_per_block = CeilDiv(shape.hidden, task_rows());
+  const int64_t tasks_per_block = CeilDiv(shape.hidden, task_rows()), out_stride = ResultStride(shape.hidden);
   const int64_t tasks = static_cast<int64_t>(chunk.routing.blocks.size()) * tasks_per_block;
   const auto rows_of = [&](int64_t task) {
     const int64_t expert = chunk.routing.blocks[static_cast<size_t>(task / tasks_per_block)].expert;
@@ -128,12 +129,12 @@ void Pass::Down(const Chunk& chunk, const Panels& act, float* out_rows) {
     const size_t b = static_cast<size_t>(task / tasks_per_block);
     const RowBlock& block = chunk.routing.blocks[b];
     const WeightRows weights = rows_of(task);
-    float* const block_out = out_rows + block.first * shape.hidden + weights.row;
+    float* const block_out = out_rows + block.first * out_stride + weights.row;
     if (Few(block)) {
       const int tokens = static_cast<int>(block.rows);
       kernels_.dot_rows[static_cast<int>(shape.format)](weights.view, weights.row, weights.rows, shape.intermediate,
-                                                        act.Row(b, 0), act.row_stride, tokens, block_out, shape.hidden);
-      if (weights.bias != nullptr) AddBias(weights.bias, tokens, weights.rows, block_out, shape.hidden);
+                                                        act.Row(b, 0), act.row_stride, tokens, block_out, out_stride);
+      if (weights.bias != nullptr) AddBias(weights.bias, tokens, weights.rows, block_out, out_stride);
       return;
     }
     const bool more = task + pool_.threads() < tasks;  // most likely this worker's next
@@ -142,7 +143,7 @@ void Pass::Down(const Chunk& chunk, const Panels& act, float* out_rows) {
     for (int64_t g = 0; g * width() < block.rows; ++g) {
       const Group group = GroupOf(block, g);
       kernels_.transpose_to_float(ProductTile(Worker(worker), 0, group.first), group.width, weights.rows, group.rows,
-                                  block_out + group.first * shape.hidden, shape.hidden);
+                                  block_out + group.first * out_stride, out_stride);
     }
   });
 }

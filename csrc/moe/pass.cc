@@ -98,20 +98,15 @@ void Pass::MultiplyRows(const WeightRows* matrices, int count, const WeightRows*
       const int64_t then_d = m + 1 < count ? d : d + step < columns ? d + step : 0;
       Ahead ahead;
       if (then != nullptr) {
-        ahead = Ahead(then->view, then->row, then->rows, then_d, Smaller(step, columns - then_d),
-                      groups * CeilDiv(w.rows, kernels_.tile_rows));
+        ahead = AheadOf(then->view, then->row, then->rows, then_d, Smaller(step, columns - then_d),
+                        groups * CeilDiv(w.rows, kernels_.tile_rows) * CeilDiv(depth, kernels_.pair));
       }
       for (int64_t g = 0; g < groups; ++g) {
         const Group group = GroupOf(block, g);
         float* const c = ProductTile(scratch, m, group.first);
         const char* const panel = panels.Panel(b, group.first) + d * group.width * bytes;
-        for (int64_t r = 0; r < w.rows; r += kernels_.tile_rows) {
-          ahead.Ask();
-          RowScales of_tile = of_rows;
-          if (of_tile.values != nullptr) of_tile.values += r * scale_stride;
-          kernels_.multiply(decoded + r * stride * bytes, stride, Smaller(kernels_.tile_rows, w.rows - r), panel,
-                            group.width, depth, of_tile, c + r * group.width, group.width, w.bias != nullptr || d > 0);
-        }
+        kernels_.multiply(decoded, stride, w.rows, panel, group.width, depth, of_rows, c, group.width,
+                          w.bias != nullptr || d > 0, ahead);
       }
     }
   }

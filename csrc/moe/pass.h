@@ -49,7 +49,6 @@ class Pass {
   struct WeightRows;
   struct WeightColumns;
   struct Group;
-  class Ahead;
 
   template <class Function>
   void ForEachChunk(const LayerCall& call, const Function& function);
@@ -110,6 +109,9 @@ class Pass {
   // Elements from one A row to the next: a cache line more than the row, so that rows a power of two long do not share
   // cache sets.
   int64_t RowStride(int64_t depth) const { return RoundUp(depth, kernels_.pair) + 64 / kernels_.element_bytes; }
+
+  // The same for rows of FP32 results, written in whole vectors.
+  int64_t ResultStride(int64_t columns) const { return RoundUp(columns, width()) + 16; }
 
   const TierKernels& kernels_;
   ThreadPool& pool_;

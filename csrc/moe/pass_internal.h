@@ -49,32 +49,17 @@ struct Pass::WeightRows {
   const float* bias;  // of these rows, null if there is none
 };
 
-// Asks for a piece of a matrix's stored rows, a few cache lines at a time, while something else is computed.
-class Pass::Ahead {
- public:
-  Ahead() = default;
-  // `calls`: how often Ask will be called.
-  Ahead(const MatrixView& view, int64_t row, int64_t rows, int64_t column, int64_t columns, int64_t calls)
-      : next_(view.rows + row * view.row_stride + column * view.bits / 8),
-        row_stride_(view.row_stride),
-        lines_per_row_(CeilDiv(columns * view.bits / 8, kLine)),
-        lines_(rows * lines_per_row_),
-        lines_per_call_(CeilDiv(lines_, calls)) {}
-
-  void Ask() {
-    for (int64_t i = Smaller(lines_per_call_, lines_); i > 0; --i, --lines_) {
-      __builtin_prefetch(next_ + line_ * kLine, 0, 2);  // to the second-level cache
-      if (++line_ < lines_per_row_) continue;
-      line_ = 0;
-      next_ += row_stride_;
-    }
-  }
-
- private:
-  static constexpr int64_t kLine = 64;
-  const uint8_t* next_ = nullptr;
-  int64_t row_stride_ = 0, lines_per_row_ = 0, lines_ = 0, lines_per_call_ = 0, line_ = 0;
-};
+// A piece of a matrix to be asked for while `steps` steps of products are done.
+inline Ahead AheadOf(const MatrixView& view, int64_t row, int64_t rows, int64_t column, int64_t columns,
+                     int64_t steps) {
+  Ahead ahead;
+  ahead.row = view.rows + row * view.row_stride + column * view.bits / 8;
+  ahead.row_stride = view.row_stride;
+  ahead.lines_per_row = CeilDiv(columns * view.bits / 8, 64);
+  ahead.lines = rows * ahead.lines_per_row;
+  ahead.every = ahead.lines > 0 && steps > ahead.lines ? steps / ahead.lines : 1;
+  return ahead;
+}
 
 struct Pass::Group {
   int64_t first;  // row of the block

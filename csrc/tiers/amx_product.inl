@@ -34,11 +34,12 @@ struct TileProduct {
     float* c;
     int64_t c_stride;
     bool accumulate;
+    Ahead* ahead;
   };
 
-  // The tiles' shapes depend on the panel's width alone: loading a configuration takes about 200 cycles, as long as 12
-  // products of tiles, and clears the tiles. Rows and depth that do not fill a tile are copied to one padded with
-  // zeros.
+  // Loading a configuration takes about 200 cycles, as long as 12 products of tiles, and clears the tiles. So there is
+  // one for all panels of one or two tiles' width (the narrow ones leave the second column's tiles alone); rows and
+  // depth that do not fill a tile are copied to one padded with zeros. Other widths occur with short vectors only.
   static TileConfig Configuration(int width) {
     TileConfig config;
     for (int i = 0; i < 2; ++i) {
@@ -56,7 +57,8 @@ struct TileProduct {
   // EndProducts.
   static inline thread_local int configured_ = 0;
 
-  static void Configure(int width) {
+  static void Configure(int panel_width) {
+    const int width = panel_width % kSide == 0 ? kBlock : panel_width;
     if (width == configured_) return;
     Tiles::Configure(Configuration(width));
     configured_ = width;
@@ -86,6 +88,12 @@ struct TileProduct {
     }
   }
 
+  // A product of one row of tiles takes as many of the steps that Ahead counts as it has pairs.
+  template <int kRows>
+  static void Ask(Ahead& ahead) {
+    for (int64_t s = 0; s < kRows * kStep / 2 && ahead.lines > 0; s += ahead.every) AskAhead(ahead);
+  }
+
   // Adds the products of depth values [first, end) to the tiles of C.
   template <int kRows, int kColumns>
   static void AddSteps(const Piece& p, int64_t first, int64_t end) {
@@ -95,11 +103,14 @@ struct TileProduct {
     const Bf16 *a_at = p.a + first, *b_at = p.panel + first * width;
     int64_t d = first;
     if (rows == kRows * kSide) {
-      for (; d + kStep <= end; d += kStep, a_at += kStep, b_at += kStep * width)
+      for (; d + kStep <= end; d += kStep, a_at += kStep, b_at += kStep * width) {
+        Ask<kRows>(*p.ahead);
         Step<kRows, kColumns>(a_at, a_bytes, b_at, b_bytes);
+      }
     } else {
       alignas(64) Bf16 a[kBlock][kStep] = {};
       for (; d + kStep <= end; d += kStep, a_at += kStep, b_at += kStep * width) {
+        Ask<kRows>(*p.ahead);
         for (int r = 0; r < rows; ++r) std::memcpy(a[r], a_at + r * a_stride, sizeof(a[r]));
         Step<kRows, kColumns>(a[0], sizeof(a[0]), b_at, b_bytes);
       }
@@ -181,20 +192,21 @@ struct TileProduct {
   }
 
   static void Multiply(const void* a, int64_t a_stride, int64_t rows, const void* panel, int width, int64_t depth,
-                       const RowScales& scales, float* c, int64_t c_stride, bool accumulate) {
+                       const RowScales& scales, float* c, int64_t c_stride, bool accumulate, Ahead& ahead) {
     Configure(width);
     for (int64_t r = 0; r < rows; r += kBlock) {
       RowScales of_rows = scales;
       if (of_rows.values != nullptr) of_rows.values += r * of_rows.row_stride;
       MultiplyAny({static_cast<const Bf16*>(a) + r * a_stride, a_stride, static_cast<int>(Smaller(kBlock, rows - r)),
                    static_cast<const Bf16*>(panel), width, RoundUp(depth, 2), of_rows, c + r * c_stride, c_stride,
-                   accumulate});
+                   accumulate, &ahead});
     }
   }
 
   // Four products that do not wait for each other, as in Step.
   static double RegisterProducts(int64_t steps) {
-    Configure(kBlock);
+    EndProducts();
+    Configure(kBlock);  // to zeros
     for (int64_t s = 0; s < steps; ++s) {
       Tiles::template MultiplyBf16<0, kA, kB>();
       Tiles::template MultiplyBf16<1, kA, kB + 1>();
@@ -205,10 +217,11 @@ struct TileProduct {
     return 2.0 * static_cast<double>(steps) * kBlock * kBlock * kStep;
   }
 
-  // The table of these `Ops`, with its products on tiles. Few rows (dot_rows) stay with the vectors: they wait for
-  // memory, not for products.
+  // The table of these `Ops`, with its products on tiles. A task of four times tile_rows has 64 rows: 256 columns of
+  // them, decoded, take 32 KB, and fit into 48 KB of L1 beside a panel's 16. Few rows (dot_rows) stay with the vectors:
+  // they wait for memory, not for products.
   static constexpr TierKernels Table(TierKernels table) {
-    table.tile_rows = kBlock;
+    table.tile_rows = kSide;
     table.multiply = Multiply;
     table.end_products = EndProducts;
     table.register_products = RegisterProducts;

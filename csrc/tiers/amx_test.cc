@@ -159,8 +159,9 @@ void CheckProduct(const testing::TestedTier& tier, const Product& p, std::mt1993
   const std::vector<float> before = c;
   const RowScales row_scales{p.group == 0 ? nullptr : scales.data(), scale_stride, p.group};
 
+  Ahead none;
   kernels.multiply(a.data(), a_stride, p.rows, panel.data(), p.width, p.depth, row_scales, c.data(), c_stride,
-                   p.accumulate);
+                   p.accumulate, none);
   if (kernels.end_products != nullptr) kernels.end_products();
 
   double worst = 0;
@@ -216,8 +217,7 @@ TEST(NarrowPanelsOfTheEmulationAreWithinTheBound) {
 }
 
 TEST(EmulatedAndRealTilesGiveTheSameBits) {
-  // In every form the vectors do nothing but scale sums, which is one FMA; so all of them agree to the last bit where
-  // the portable FMA is fused, or there are no scales.
+  // Without scales vectors do no arithmetic here but add a sum to nothing.
   std::mt19937 random(3);
   const std::vector<testing::TestedTier> tiers = testing::AmxTiers();
   const int64_t rows = 45, depth = 150;
@@ -227,10 +227,37 @@ TEST(EmulatedAndRealTilesGiveTheSameBits) {
   std::vector<std::vector<float>> results;
   for (const testing::TestedTier& tier : tiers) {
     std::vector<float> c(static_cast<size_t>(rows * width));
-    tier.kernels->multiply(a.data(), depth, rows, panel.data(), width, depth, RowScales(), c.data(), width, false);
+    Ahead none;
+    tier.kernels->multiply(a.data(), depth, rows, panel.data(), width, depth, RowScales(), c.data(), width, false,
+                           none);
     tier.kernels->end_products();
     CHECK_MESSAGE(results.empty() || c == results.front(), tier.name + " differs from " + tiers.front().name);
     results.push_back(c);
+  }
+}
+
+TEST(WhatComesNextIsAskedForAsTheDepthGoesBy) {
+  const std::vector<uint8_t> next(20 * 64);
+  for (const testing::TestedTier& tier : testing::AmxTiers()) {
+    const int64_t rows = 48, depth = 64;
+    const int width = 32;
+    // 96 steps, of two values of the depth and 16 rows: a line at every fourth makes 24, of which 20 are needed.
+    const auto lines_left = [&](int64_t some_depth) {
+      Ahead ahead;
+      ahead.row = next.data();
+      ahead.row_stride = 5 * 64;
+      ahead.lines_per_row = 5;
+      ahead.lines = 20;
+      ahead.every = 4;
+      const std::vector<Bf16> a(static_cast<size_t>(rows * depth)), panel(static_cast<size_t>(depth * width));
+      std::vector<float> c(static_cast<size_t>(rows * width));
+      tier.kernels->multiply(a.data(), depth, rows, panel.data(), width, some_depth, RowScales(), c.data(), width,
+                             false, ahead);
+      tier.kernels->end_products();
+      return ahead.lines;
+    };
+    CHECK(lines_left(depth) == 0);
+    CHECK(lines_left(depth / 2) == 20 - 12);
   }
 }
 

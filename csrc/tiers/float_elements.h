@@ -38,6 +38,12 @@ struct FloatElements : V {
     StoreHalves(first, second, out);
   }
 
+  static void StoreLookUp(const float* values, const uint8_t* codes, Element* out) {
+    F even, odd;
+    V::LookUp(values, codes, &even, &odd);
+    StoreInterleaved(even, odd, out);
+  }
+
   static void StoreActivation(Element* out, int width, F even, F odd, bool has_odd) {
     V::Store(out, even);
     if (has_odd) V::Store(out + width, odd);

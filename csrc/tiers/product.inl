@@ -23,8 +23,22 @@ struct Product {
   };
 
   template <int kRows, int kVectors>
-  static void AddSteps(const Element* a, int64_t a_stride, const Element* b, int64_t steps, F (&sum)[kRows][kVectors]) {
-    for (int64_t s = 0; s < steps; ++s) {
+  static void AddSteps(const Element* a, int64_t a_stride, const Element* b, int64_t steps, F (&sum)[kRows][kVectors],
+                       Ahead& ahead) {
+    for (int64_t s = 0, end; s < steps; s = end) {
+      end = steps;
+      if (ahead.lines > 0) {
+        AskAhead(ahead);
+        end = Smaller(steps, s + ahead.every);
+      }
+      AddRun<kRows, kVectors>(a, a_stride, b, s, end, sum);
+    }
+  }
+
+  template <int kRows, int kVectors>
+  static void AddRun(const Element* a, int64_t a_stride, const Element* b, int64_t s, int64_t end,
+                     F (&sum)[kRows][kVectors]) {
+    for (; s < end; ++s) {
       typename Ops::Panel column[kVectors];
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) column[v] = Ops::LoadPanel(b + (s * kVectors + v) * kLanes * kPair);
@@ -39,10 +53,10 @@ struct Product {
 
   template <int kRows, int kVectors>
   static void Tile(const Element* a, int64_t a_stride, const Element* b, int64_t steps, const Scales& scales, float* c,
-                   int64_t c_stride, bool accumulate) {
+                   int64_t c_stride, bool accumulate, Ahead& ahead) {
     if constexpr (Ops::kScaleProducts) {
       if (scales.values != nullptr) {
-        return ScaledTile<kRows, kVectors>(a, a_stride, b, steps, scales, c, c_stride, accumulate);
+        return ScaledTile<kRows, kVectors>(a, a_stride, b, steps, scales, c, c_stride, accumulate, ahead);
       }
     }
     F sum[kRows][kVectors];
@@ -52,7 +66,7 @@ struct Product {
       for (int v = 0; v < kVectors; ++v)
         sum[m][v] = accumulate ? Ops::Load(c + m * c_stride + v * kLanes) : Ops::Zero();
     }
-    AddSteps<kRows, kVectors>(a, a_stride, b, steps, sum);
+    AddSteps<kRows, kVectors>(a, a_stride, b, steps, sum, ahead);
 #pragma GCC unroll 16
     for (int m = 0; m < kRows; ++m) {
 #pragma GCC unroll 4
@@ -63,7 +77,7 @@ struct Product {
   // Sums of codes, group by group, are scaled into C, which stays in L1.
   template <int kRows, int kVectors>
   static void ScaledTile(const Element* a, int64_t a_stride, const Element* b, int64_t steps, const Scales& scales,
-                         float* c, int64_t c_stride, bool accumulate) {
+                         float* c, int64_t c_stride, bool accumulate, Ahead& ahead) {
     const float* scale = scales.values;
     for (; steps > 0; steps -= scales.steps, ++scale, accumulate = true) {
       const int64_t some = Smaller(scales.steps, steps);
@@ -73,7 +87,7 @@ struct Product {
 #pragma GCC unroll 4
         for (int v = 0; v < kVectors; ++v) sum[m][v] = Ops::Zero();
       }
-      AddSteps<kRows, kVectors>(a, a_stride, b, some, sum);
+      AddSteps<kRows, kVectors>(a, a_stride, b, some, sum, ahead);
       a += some * kPair;
       b += some * kVectors * kLanes * kPair;
 #pragma GCC unroll 16
@@ -91,30 +105,32 @@ struct Product {
   // Full tiles first, then the largest remainder that fits: every row count takes few passes over the panel.
   template <int kRows, int kVectors>
   static void Rows(const Element* a, int64_t a_stride, int64_t rows, const Element* b, int64_t steps, Scales scales,
-                   float* c, int64_t c_stride, bool accumulate) {
+                   float* c, int64_t c_stride, bool accumulate, Ahead& ahead) {
     for (; rows >= kRows; rows -= kRows, a += kRows * a_stride, c += kRows * c_stride) {
-      Tile<kRows, kVectors>(a, a_stride, b, steps, scales, c, c_stride, accumulate);
+      Tile<kRows, kVectors>(a, a_stride, b, steps, scales, c, c_stride, accumulate, ahead);
       if (scales.values != nullptr) scales = scales.FromRow(kRows);
     }
-    if constexpr (kRows > 1) Rows<kRows - 1, kVectors>(a, a_stride, rows, b, steps, scales, c, c_stride, accumulate);
+    if constexpr (kRows > 1)
+      Rows<kRows - 1, kVectors>(a, a_stride, rows, b, steps, scales, c, c_stride, accumulate, ahead);
   }
 
   template <int kVectors>
   static void MultiplyWidth(int vectors, const Element* a, int64_t a_stride, int64_t rows, const Element* b,
-                            int64_t steps, const Scales& scales, float* c, int64_t c_stride, bool accumulate) {
+                            int64_t steps, const Scales& scales, float* c, int64_t c_stride, bool accumulate,
+                            Ahead& ahead) {
     if (vectors == kVectors)
-      return Rows<Ops::kTileRows, kVectors>(a, a_stride, rows, b, steps, scales, c, c_stride, accumulate);
+      return Rows<Ops::kTileRows, kVectors>(a, a_stride, rows, b, steps, scales, c, c_stride, accumulate, ahead);
     if constexpr (kVectors > 1)
-      MultiplyWidth<kVectors - 1>(vectors, a, a_stride, rows, b, steps, scales, c, c_stride, accumulate);
+      MultiplyWidth<kVectors - 1>(vectors, a, a_stride, rows, b, steps, scales, c, c_stride, accumulate, ahead);
   }
 
   static void Multiply(const void* a, int64_t a_stride, int64_t rows, const void* panel, int width, int64_t depth,
-                       const RowScales& scales, float* c, int64_t c_stride, bool accumulate) {
+                       const RowScales& scales, float* c, int64_t c_stride, bool accumulate, Ahead& ahead) {
     // Groups are multiples of the pair; one as long as the depth, or longer, is a single run of steps.
     const Scales in_steps{scales.values, scales.row_stride, CeilDiv(Smaller(scales.group, depth), kPair)};
     MultiplyWidth<Ops::kTileVectors>(width / kLanes, static_cast<const Element*>(a), a_stride, rows,
                                      static_cast<const Element*>(panel), CeilDiv(depth, kPair), in_steps, c, c_stride,
-                                     accumulate);
+                                     accumulate, ahead);
   }
 
   // ---- for few tokens ----

@@ -39,6 +39,25 @@ struct RowScales {
   int64_t group = 0;
 };
 
+// A piece of a matrix's stored rows that will be needed soon. A product asks for one cache line of it every `every`
+// steps of its depth: a CPU drops most of a burst of prefetches.
+struct Ahead {
+  const uint8_t* row = nullptr;
+  int64_t row_stride = 0;  // bytes
+  int64_t lines_per_row = 0;
+  int64_t line = 0;   // of the row: the next
+  int64_t lines = 0;  // left, in all
+  int64_t every = 1;
+};
+
+static inline void AskAhead(Ahead& ahead) {
+  __builtin_prefetch(ahead.row + ahead.line * 64, 0, 2);  // into the second-level cache
+  --ahead.lines;
+  if (++ahead.line < ahead.lines_per_row) return;
+  ahead.line = 0;
+  ahead.row += ahead.row_stride;
+}
+
 struct TierKernels {
   Tier tier;
   int lanes;          // FP32 values in a vector
@@ -74,9 +93,9 @@ struct TierKernels {
 
   // The product. `rows` is any number; `depth` counts unpadded values; C is FP32 with `c_stride` values from row to
   // row. Without `accumulate` C is overwritten. Writes all of `width` columns. Only a tier with scale_products takes
-  // scales.
+  // scales. A step of the depth is `pair` values, for tile_rows rows.
   void (*multiply)(const void* a, int64_t a_stride, int64_t rows, const void* panel, int width, int64_t depth,
-                   const RowScales& scales, float* c, int64_t c_stride, bool accumulate);
+                   const RowScales& scales, float* c, int64_t c_stride, bool accumulate, Ahead& ahead);
 
   // Gives up what products leave configured in the calling thread, for its next product to set up again; null where
   // there is nothing. To be called before the thread does other things.
