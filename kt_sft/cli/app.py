@@ -61,6 +61,9 @@ def bench(
     passes: Annotated[str, typer.Option(help="forward, backward, or both.")] = "forward,backward",
     threads: Annotated[int | None, typer.Option(min=1, help="On every side; this process's CPUs if not given.")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Rounds; every contender runs once in each.")] = 7,
+    clock: Annotated[
+        str, typer.Option(help="elapsed, or cpu: CPU time, which others on the machine disturb less; one thread only.")
+    ] = "elapsed",
     memory: Annotated[
         float | None, typer.Option(help="GiB that all weights together may take; half of what is free if not given.")
     ] = None,
@@ -101,6 +104,7 @@ def bench(
             passes=passes,
             threads=threads,
             repeats=repeats,
+            clock=clock,
             memory_gib=memory,
             with_torch=torch,
             kt_kernel=kt_kernel,

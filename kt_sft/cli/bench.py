@@ -32,14 +32,15 @@ from kt_sft.cli.contenders import (
     random_weights,
     stock_experts,
 )
-from kt_sft.cli.kt_kernel import KtKernel, methods
-from kt_sft.cli.shapes import LayerShape
+from kt_sft.cli.kt_kernel_client import KtKernel, methods
 from kt_sft.engine.engine import get_engine
 from kt_sft.engine.peaks import Peak, measure_peak
 from kt_sft.experts import CpuExperts
 
 #: What the report calls the engine.
 OURS = "kt_sft"
+
+_CLOCKS = {"elapsed": time.perf_counter, "cpu": time.process_time}
 
 #: Threads of OpenMP, and of our own pool, spin for some milliseconds after their work; they must sleep before the next
 #: contender is measured.
@@ -94,7 +95,7 @@ def measure(plan: Plan, note: Note = lambda _: None) -> dict[str, Any]:
                 note(f"{choice.text}, {compute} products, {rows} rows per expert")
                 layer = CpuExperts(store, choice.config(compute, plan.threads))
                 peaks.append(measure_peak(tier, plan.threads))
-                contenders = [LayerContender(OURS, "this engine", layer), *others]
+                contenders = [LayerContender(OURS, "this engine", layer, _CLOCKS[plan.clock]), *others]
                 seconds = _alternate(contenders, plan, compute, rows)
                 timings.append(Timing(choice, compute, rows, store.nbytes, seconds))
     return _report(plan, tier, load, baselines, peaks, timings)
@@ -127,7 +128,7 @@ def _report(
             "experts": plan.shape.experts,
             "top_k": plan.shape.top_k,
         },
-        "settings": {"threads": plan.threads, "repeats": plan.repeats},
+        "settings": {"threads": plan.threads, "repeats": plan.repeats, "clock": plan.clock},
         "baselines": baselines,
         "peaks": {
             "gflops": peak.gflops,
@@ -135,15 +136,15 @@ def _report(
             "gflops_range": [min(p.gflops for p in peaks), max(p.gflops for p in peaks)],
             "read_gbs_range": [min(p.read_gbs for p in peaks), max(p.read_gbs for p in peaks)],
         },
-        "results": [_result(plan.shape, peak, timing, which) for timing in timings for which in timing.seconds[OURS]],
+        "results": [_result(plan, peak, timing, which) for timing in timings for which in timing.seconds[OURS]],
     }
 
 
 def _of_torch(plan: Plan, weights: tuple[Tensor, Tensor]) -> list[Contender]:
-    stock = stock_experts(plan.shape, *weights)
+    stock, clock = stock_experts(plan.shape, *weights), _CLOCKS[plan.clock]
     return [
-        *([TorchLinears(*weights)] if "forward" in plan.passes and onednn_packs() else []),
-        LayerContender("transformers", "transformers' Qwen3MoeExperts with grouped_mm, BF16", stock),
+        *([TorchLinears(*weights, clock)] if "forward" in plan.passes and onednn_packs() else []),
+        LayerContender("transformers", "transformers' Qwen3MoeExperts with grouped_mm, BF16", stock, clock),
     ]
 
 
@@ -161,6 +162,7 @@ def _of_kt_kernel(plan: Plan, choice: FormatChoice, closing: contextlib.ExitStac
             numa_nodes=min(max(1, len(machine.numa_nodes())), plan.threads),
             lora_rank=plan.kt_kernel_lora,
             most_rows=max(plan.rows),
+            clock=plan.clock,
         )
         closing.callback(peer.close)
         found.append(peer)
@@ -202,17 +204,18 @@ def _median_peak(peaks: list[Peak]) -> Peak:
     )
 
 
-def _result(shape: LayerShape, peak: Peak, timing: Timing, which: str) -> dict[str, Any]:
+def _result(plan: Plan, peak: Peak, timing: Timing, which: str) -> dict[str, Any]:
     """One line of the report.
 
     `seconds` is the median, `spread` half the distance between the quartiles over it. `peak_share` is of the tier's
     measured peak, and None for INT8 products, whose peak is another. At one row per expert `read_gbs` counts the stored
-    bytes of all experts, scales included, and `read_share` is of the measured bandwidth. `others` holds each baseline
+    bytes of all experts, scales included, and `read_share` is of the measured bandwidth, which is by elapsed time: None
+    if CPU time is counted. `others` holds each baseline
     that has this pass; `ratio` is how many times faster ours is, the median of the rounds' ratios.
     """
     ours, rows = timing.seconds[OURS][which], timing.rows
     median = statistics.median(ours)
-    gflops = shape.flops(rows) / median / 1e9
+    gflops = plan.shape.flops(rows) / median / 1e9
     gbs = timing.stored_bytes / median / 1e9
     return {
         "format": timing.choice.text,
@@ -225,12 +228,12 @@ def _result(shape: LayerShape, peak: Peak, timing: Timing, which: str) -> dict[s
         "gflops": gflops,
         "peak_share": gflops / peak.gflops if timing.compute == "bf16" else None,
         "read_gbs": gbs if rows == 1 else None,
-        "read_share": gbs / peak.read_gbs if rows == 1 else None,
+        "read_share": gbs / peak.read_gbs if rows == 1 and plan.clock == "elapsed" else None,
         "others": {
             name: {
                 "seconds": statistics.median(theirs[which]),
                 "spread": spread(theirs[which]),
-                "gflops": shape.flops(rows) / statistics.median(theirs[which]) / 1e9,
+                "gflops": plan.shape.flops(rows) / statistics.median(theirs[which]) / 1e9,
                 "ratio": statistics.median(b / a for a, b in zip(ours, theirs[which], strict=True)),
             }
             for name, theirs in timing.seconds.items()

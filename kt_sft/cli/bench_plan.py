@@ -15,6 +15,9 @@ from kt_sft.engine.memory import available_bytes
 
 PASSES = ("forward", "backward")
 
+#: What is counted as time: what passes, or what this process's threads (the other's, for kt-kernel) spend on a CPU.
+CLOCKS = ("elapsed", "cpu")
+
 #: Weights are cold when they are this many times the last-level cache.
 COLD = 4
 
@@ -72,6 +75,7 @@ class Plan:
     passes: tuple[str, ...]
     threads: int
     repeats: int
+    clock: str
     with_torch: bool
     kt_kernel: Path | None
     kt_kernel_lora: int
@@ -91,6 +95,7 @@ def plan(
     passes: str,
     threads: int | None,
     repeats: int,
+    clock: str,
     memory_gib: float | None,
     with_torch: bool,
     kt_kernel: Path | None,
@@ -110,6 +115,10 @@ def plan(
         most = max(shape.experts, top_k or 0)
         shape = dataclasses.replace(shape, **changes, experts=most, name=f"{shape.name}, changed")
     threads = engine_cpus(threads)[0]
+    if clock not in CLOCKS:
+        raise BenchError(f"--clock: {clock!r} is none of {', '.join(CLOCKS)}")
+    if clock == "cpu" and threads > 1:
+        raise BenchError("--clock cpu adds up the time of all threads, waiting ones included; give --threads 1 with it")
     choices = _formats(formats)
     computes, measured = _words("--compute", compute, COMPUTE_TYPES), _words("--passes", passes, PASSES)
     if "bf16" not in computes and "forward" not in measured:
@@ -128,6 +137,7 @@ def plan(
         passes=measured,
         threads=threads,
         repeats=repeats,
+        clock=clock,
         with_torch=with_torch,
         kt_kernel=kt_kernel,
         kt_kernel_lora=kt_kernel_lora,

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from kt_sft.cli.shapes import LayerShape
 
 Layer = Callable[[Tensor, Tensor, Tensor], Tensor]
+Clock = Callable[[], float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,14 +74,16 @@ class LayerContender:
         name: What the report calls it.
         description: What the report says of it.
         layer: Called with hidden_states [T, H], top_k_index [T, K] and top_k_weights [T, K].
+        clock: Gives seconds.
     """
 
     trains = True
 
-    def __init__(self, name: str, description: str, layer: Layer) -> None:
+    def __init__(self, name: str, description: str, layer: Layer, clock: Clock = time.perf_counter) -> None:
         self.name = name
         self.description = description
         self._layer = layer
+        self._clock = clock
 
     def prepare(self, batch: Batch) -> None:
         """Takes the batch that the next runs use."""
@@ -90,13 +93,13 @@ class LayerContender:
         """One forward, and a backward that gives the gradients of hidden states and routing weights."""
         x_TH = self._batch.hidden_TH.clone().requires_grad_()
         w_TK = self._batch.weights_TK.clone().requires_grad_()
-        start = time.perf_counter()
+        start = self._clock()
         y_TH = self._layer(x_TH, self._batch.index_TK, w_TK)
-        middle = time.perf_counter()
+        middle = self._clock()
         seconds = {"forward": middle - start}
         if backward:
             y_TH.backward(self._batch.grad_TH)
-            seconds["backward"] = time.perf_counter() - middle
+            seconds["backward"] = self._clock() - middle
         return seconds
 
 
@@ -109,13 +112,15 @@ class TorchLinears:
     Args:
         gate_up: [E, 2I, H].
         down: [E, H, I].
+        clock: Gives seconds.
     """
 
     name = "torch_linears"
     description = "torch's BF16 linear layers with weights packed by oneDNN, in a loop; forward only"
     trains = False
 
-    def __init__(self, gate_up: Tensor, down: Tensor) -> None:
+    def __init__(self, gate_up: Tensor, down: Tensor, clock: Clock = time.perf_counter) -> None:
+        self._clock = clock
         self._weights = (gate_up, down)
         self._packed: list[tuple[Tensor, Tensor]] = []
 
@@ -129,9 +134,9 @@ class TorchLinears:
     @torch.no_grad()
     def run(self, backward: bool) -> dict[str, float]:
         """One forward."""
-        start = time.perf_counter()
+        start = self._clock()
         self.forward(self._batch.hidden_TH, self._batch.index_TK, self._batch.weights_TK)
-        return {"forward": time.perf_counter() - start}
+        return {"forward": self._clock() - start}
 
     def forward(self, hidden_TH: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """The layer's output [T, H]."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import platform
 from typing import Any
 
@@ -71,16 +73,20 @@ def _engine() -> tuple[dict[str, Any], list[dict[str, Any]], float | None]:
 
 
 def _cpu() -> dict[str, Any]:
-    from kt_sft.engine.cpus import cgroup_cpu_limit, usable_cpus
+    flags, usable = machine.cpu_flags() or set(), sorted(os.sched_getaffinity(0))
+    cores, limit = None, None
+    with contextlib.suppress(ImportError):  # no native module: the engine's error says so
+        from kt_sft.engine.cpus import cgroup_cpu_limit, usable_cores
 
-    flags = machine.cpu_flags() or set()
+        cores, limit = len(usable_cores()), cgroup_cpu_limit()
     return {
         "model": machine.cpu_model(),
         "architecture": platform.machine(),
         "online": machine.online_cpus(),
-        "usable": len(usable_cpus()),
-        "container_limit": cgroup_cpu_limit(),
-        "last_level_cache_bytes": machine.last_level_cache_bytes(usable_cpus()),
+        "usable": len(usable),
+        "usable_cores": cores,
+        "container_limit": limit,
+        "last_level_cache_bytes": machine.last_level_cache_bytes(usable),
         "matrix_flags": sorted(flag for flag in flags if flag.startswith("amx")),
         "openmp_wait_policy": openmp_wait_policy(),
     }
@@ -114,7 +120,8 @@ def _machine_table(facts: dict[str, Any]) -> Table:
     table.add_row("engine", state)
     table.add_row("CPU", f"{cpu['model'] or 'unknown'} ({cpu['architecture']})")
     limit = "" if cpu["container_limit"] is None else f", container grants {cpu['container_limit']:g}"
-    table.add_row("CPUs", f"{cpu['usable']} of {cpu['online']} usable{limit}")
+    cores = "" if cpu["usable_cores"] is None else f" on {cpu['usable_cores']} cores"
+    table.add_row("CPUs", f"{cpu['usable']} of {cpu['online']} usable{cores}{limit}")
     table.add_row("last-level cache", _bytes(cpu["last_level_cache_bytes"]))
     limit = "" if memory["container_limit_bytes"] is None else f", container {_bytes(memory['container_limit_bytes'])}"
     table.add_row("memory", f"{_bytes(memory['available_bytes'])} free of {_bytes(memory['total_bytes'])}{limit}")

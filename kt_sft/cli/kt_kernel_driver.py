@@ -1,11 +1,12 @@
 """Computes one layer of routed experts with kt-kernel, on request. Run by the interpreter that has kt-kernel.
 
-`kt_sft.cli.kt_kernel` starts this file and is its only user: kt-kernel 0.7 needs another torch than kt_sft does, so
-the two cannot share a process. Nothing of kt_sft is imported here. Requests come as lines of JSON on standard input,
+`kt_sft.cli.kt_kernel_client` starts this file and is its only user: kt-kernel 0.7 needs another torch than kt_sft does,
+so the two cannot share a process. Nothing of kt_sft is imported here. Requests come as lines of JSON on standard input,
 each is answered by a line of JSON on what was standard output when the program started; libraries print elsewhere.
 
     {"op": "build", "method": ..., "experts": E, "hidden": H, "intermediate": I, "top_k": K, "lora_rank": r,
-     "threads": n, "numa_nodes": m, "most_tokens": T}     -> {"version": ..., "variant": ...}
+     "threads": n, "numa_nodes": m, "most_tokens": T, "clock": "elapsed" or "cpu"}
+                                                           -> {"version": ..., "variant": ...}
     {"op": "prepare", "rows": n}                          -> {}            rows per expert, balanced
     {"op": "run", "backward": true}                       -> {"forward": seconds, "backward": seconds}
     whatever fails                                        -> {"error": ...}
@@ -34,6 +35,7 @@ class Layer:
 
         torch.set_num_threads(request["threads"])
         self._torch = torch
+        self._clock = time.process_time if request["clock"] == "cpu" else time.perf_counter
         self._experts, self._top_k = request["experts"], request["top_k"]
         self._hidden, self._intermediate = request["hidden"], request["intermediate"]
         self._rank, self._method = request["lora_rank"], request["method"]
@@ -118,13 +120,13 @@ class Layer:
 
     def run(self, backward: bool) -> dict[str, float]:
         """One forward that keeps what backward needs, and the backward where asked for; seconds."""
-        start = time.perf_counter()
+        start = self._clock()
         self._wrapper.forward(self._hidden_TH, self._index_TK, self._weights_TK, save_for_backward=backward)
-        middle = time.perf_counter()
+        middle = self._clock()
         seconds = {"forward": middle - start}
         if backward:
             self._wrapper.backward(self._grad_TH)
-            seconds["backward"] = time.perf_counter() - middle
+            seconds["backward"] = self._clock() - middle
         return seconds
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -59,6 +61,15 @@ class TestDoctor:
         table = runner.invoke(app, ["doctor"])
         assert table.exit_code == 1
         assert "avx1024" in table.stdout
+
+    def test_a_native_module_that_cannot_be_loaded_is_told_and_fails(self) -> None:
+        program = "import sys; sys.modules['kt_sft.engine._native'] = None; from kt_sft.cli.app import main; main()"
+        command = [sys.executable, "-c", program, "doctor", "--json"]
+        run = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        assert run.returncode == 1, run.stderr
+        facts = json.loads(run.stdout)
+        assert "_native" in facts["engine"]["error"]
+        assert not any(tier["available"] for tier in facts["tiers"])
 
     def test_a_lowered_tier_is_explained(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("KT_SFT_ISA", "portable")

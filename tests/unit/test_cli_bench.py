@@ -40,6 +40,7 @@ def a_plan(**changes: Any) -> Plan:
         passes=("forward", "backward"),
         threads=1,
         repeats=2,
+        clock="elapsed",
         with_torch=True,
         kt_kernel=None,
         kt_kernel_lora=8,
@@ -142,10 +143,10 @@ class TestRounds:
 
 
 class TestFigures:
-    def result(self, rows: int, compute: str = "bf16") -> dict[str, Any]:
+    def result(self, rows: int, compute: str = "bf16", clock: str = "elapsed") -> dict[str, Any]:
         seconds = {OURS: {"forward": [2.0, 1.0, 4.0]}, "other": {"forward": [3.0, 3.0, 8.0]}, "silent": {}}
         timing = Timing(FormatChoice("int8:32", "int8", 32), compute, rows, 100_000, seconds)
-        return bench._result(SHAPE, Peak(threads=1, gflops=0.001, read_gbs=0.0005), timing, "forward")
+        return bench._result(a_plan(clock=clock), Peak(threads=1, gflops=0.001, read_gbs=0.0005), timing, "forward")
 
     def test_medians_shares_and_ratios(self) -> None:
         result = self.result(rows=4)
@@ -168,6 +169,11 @@ class TestFigures:
         result = self.result(rows=1)
         assert result["read_gbs"] == pytest.approx(100_000 / 2.0 / 1e9)
         assert result["read_share"] == pytest.approx(100_000 / 2.0 / 1e9 / 0.0005)
+
+    def test_cpu_time_is_no_share_of_a_bandwidth_by_elapsed_time(self) -> None:
+        result = self.result(rows=1, clock="cpu")
+        assert result["read_gbs"] is not None
+        assert result["read_share"] is None
 
     def test_int8_products_have_no_share_of_the_other_peak(self) -> None:
         assert self.result(rows=4, compute="int8")["peak_share"] is None

@@ -23,6 +23,7 @@ DEFAULTS: dict[str, Any] = {
     "passes": "forward,backward",
     "threads": 2,
     "repeats": 1,
+    "clock": "elapsed",
     "memory_gib": 64.0,
     "with_torch": True,
     "kt_kernel": None,
@@ -127,6 +128,13 @@ class TestWords:
     def test_a_pass_there_is_not(self) -> None:
         with pytest.raises(BenchError, match="--passes: 'sideways' is none of forward, backward"):
             planned(passes="forward,sideways")
+
+    def test_cpu_time_is_of_one_thread(self) -> None:
+        assert planned(clock="cpu", threads=1).clock == "cpu"
+        with pytest.raises(BenchError, match="give --threads 1"):
+            planned(clock="cpu", threads=2)
+        with pytest.raises(BenchError, match="--clock: 'sun' is none of elapsed, cpu"):
+            planned(clock="sun")
 
     def test_an_interpreter_there_is_not(self, tmp_path: Path) -> None:
         with pytest.raises(BenchError, match=r"--kt-kernel .* does not exist"):

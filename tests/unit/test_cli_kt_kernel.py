@@ -15,7 +15,7 @@ import torch
 from kt_sft.cli import kt_kernel_driver
 from kt_sft.cli.bench_plan import BenchError
 from kt_sft.cli.contenders import balanced_batch
-from kt_sft.cli.kt_kernel import METHODS, KtKernel, methods
+from kt_sft.cli.kt_kernel_client import METHODS, KtKernel, methods
 from kt_sft.cli.shapes import LayerShape
 
 SHAPE = LayerShape("small", 256, 128, 8, 2)
@@ -40,7 +40,15 @@ for line in sys.stdin:
 
 def start(driver: Path, method: str = "AMXBF16_SFT", lora_rank: int = 8) -> KtKernel:
     return KtKernel(
-        Path(sys.executable), method, SHAPE, threads=1, numa_nodes=1, lora_rank=lora_rank, most_rows=3, driver=driver
+        Path(sys.executable),
+        method,
+        SHAPE,
+        threads=1,
+        numa_nodes=1,
+        lora_rank=lora_rank,
+        most_rows=3,
+        clock="cpu",
+        driver=driver,
     )
 
 
@@ -97,7 +105,7 @@ class TestClient:
 
     def test_what_cannot_be_run_is_told(self, tmp_path: Path) -> None:
         with pytest.raises(BenchError, match="cannot be run"):
-            KtKernel(tmp_path, "AMXBF16_SFT", SHAPE, threads=1, numa_nodes=1, lora_rank=8, most_rows=3)
+            KtKernel(tmp_path, "AMXBF16_SFT", SHAPE, threads=1, numa_nodes=1, lora_rank=8, most_rows=3, clock="cpu")
 
     def test_an_interpreter_without_kt_kernel(self) -> None:
         with pytest.raises(BenchError, match="No module named 'kt_kernel'"):
@@ -154,7 +162,9 @@ def layer(monkeypatch: pytest.MonkeyPatch) -> Any:
     sizes = {"experts": 8, "hidden": 256, "intermediate": 128, "top_k": 2, "threads": 1, "numa_nodes": 1}
 
     def build(method: str, lora_rank: int = 8) -> Any:
-        return kt_kernel_driver.Layer({"method": method, "lora_rank": lora_rank, "most_tokens": 12, **sizes})
+        return kt_kernel_driver.Layer(
+            {"method": method, "lora_rank": lora_rank, "most_tokens": 12, "clock": "cpu", **sizes}
+        )
 
     return build
 

@@ -45,6 +45,7 @@ class KtKernel:
         numa_nodes: It has a pool for each.
         lora_rank: Of the LoRA on its experts; 0 for the methods without.
         most_rows: The most rows per expert that are going to be asked for.
+        clock: One of `bench_plan.CLOCKS`.
         driver: What the interpreter runs.
 
     Raises:
@@ -63,6 +64,7 @@ class KtKernel:
         numa_nodes: int,
         lora_rank: int,
         most_rows: int,
+        clock: str,
         driver: Path = _DRIVER,
     ) -> None:
         self.name = "kt_kernel_rawint4" if method == "RAWINT4_SFT" else "kt_kernel"
@@ -90,6 +92,7 @@ class KtKernel:
                 lora_rank=lora_rank,
                 threads=threads,
                 numa_nodes=numa_nodes,
+                clock=clock,
                 most_tokens=shape.experts * most_rows // shape.top_k,
             )
         except BenchError:
