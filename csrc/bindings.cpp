@@ -119,7 +119,7 @@ py::array_t<uint16_t> TakeBf16(const Engine& engine, int64_t rows, int64_t colum
 }
 
 LayerCall MakeCall(const ExpertLayer& layer, int64_t tokens, int64_t slots, const std::string& dtype, uintptr_t hidden,
-                   uintptr_t experts, uintptr_t weights, uintptr_t retained) {
+                   uintptr_t experts, uintptr_t weights, uintptr_t retained, int64_t scratch_bytes) {
   LayerCall call;
   call.layer = &layer;
   call.tokens = tokens;
@@ -129,6 +129,7 @@ LayerCall MakeCall(const ExpertLayer& layer, int64_t tokens, int64_t slots, cons
   call.experts = Pointer<int64_t>(experts);
   call.weights = Pointer<float>(weights);
   call.retained = Pointer<Bf16>(retained);
+  call.scratch_bytes = scratch_bytes;
   return call;
 }
 
@@ -198,28 +199,29 @@ void BindEngine(py::module_& m) {
       .def(
           "submit_forward",
           [](Engine& engine, const ExpertLayer& layer, int64_t tokens, int64_t slots, const std::string& dtype,
-             uintptr_t hidden, uintptr_t experts, uintptr_t weights, uintptr_t retained, uintptr_t output,
-             py::object held) {
-            LayerCall call = MakeCall(layer, tokens, slots, dtype, hidden, experts, weights, retained);
+             uintptr_t hidden, uintptr_t experts, uintptr_t weights, uintptr_t retained, int64_t scratch_bytes,
+             uintptr_t output, py::object held) {
+            LayerCall call = MakeCall(layer, tokens, slots, dtype, hidden, experts, weights, retained, scratch_bytes);
             call.output = Pointer<void>(output);
             return std::make_unique<HeldTicket>(engine.SubmitForward(call), std::move(held));
           },
           py::kw_only(), py::arg("layer"), py::arg("tokens"), py::arg("slots"), py::arg("dtype"), py::arg("hidden"),
-          py::arg("experts"), py::arg("weights"), py::arg("retained"), py::arg("output"), py::arg("held"))
+          py::arg("experts"), py::arg("weights"), py::arg("retained"), py::arg("scratch_bytes"), py::arg("output"),
+          py::arg("held"))
       .def(
           "submit_backward",
           [](Engine& engine, const ExpertLayer& layer, int64_t tokens, int64_t slots, const std::string& dtype,
-             uintptr_t hidden, uintptr_t experts, uintptr_t weights, uintptr_t retained, uintptr_t output_grad,
-             uintptr_t hidden_grad, uintptr_t weights_grad, py::object held) {
-            LayerCall call = MakeCall(layer, tokens, slots, dtype, hidden, experts, weights, retained);
+             uintptr_t hidden, uintptr_t experts, uintptr_t weights, uintptr_t retained, int64_t scratch_bytes,
+             uintptr_t output_grad, uintptr_t hidden_grad, uintptr_t weights_grad, py::object held) {
+            LayerCall call = MakeCall(layer, tokens, slots, dtype, hidden, experts, weights, retained, scratch_bytes);
             call.output_grad = Pointer<void>(output_grad);
             call.hidden_grad = Pointer<void>(hidden_grad);
             call.weights_grad = Pointer<float>(weights_grad);
             return std::make_unique<HeldTicket>(engine.SubmitBackward(call), std::move(held));
           },
           py::kw_only(), py::arg("layer"), py::arg("tokens"), py::arg("slots"), py::arg("dtype"), py::arg("hidden"),
-          py::arg("experts"), py::arg("weights"), py::arg("retained"), py::arg("output_grad"), py::arg("hidden_grad"),
-          py::arg("weights_grad"), py::arg("held"))
+          py::arg("experts"), py::arg("weights"), py::arg("retained"), py::arg("scratch_bytes"), py::arg("output_grad"),
+          py::arg("hidden_grad"), py::arg("weights_grad"), py::arg("held"))
       .def("stats",
            [](const Engine& engine) {
              const EngineStats stats = engine.stats();

@@ -53,6 +53,8 @@ class KTConfig(QuantizationConfigMixin):
         activation_policy: "retain" keeps the experts' gate and up activations for backward (2·S·I·2 bytes a layer,
             S routed rows, I expert intermediate size), "recompute" computes them again there.
         lora_experts: Whether new adapters cover the routed experts.
+        scratch_mb: MiB that one layer's intermediate results take at most; longer batches are worked on in pieces, to
+            the same bits. One token is never cut, and engine threads take up to 1 MiB each besides.
 
     Raises:
         ConfigError: A field is unknown, ill-typed, or asks for something this version does not have.
@@ -65,6 +67,7 @@ class KTConfig(QuantizationConfigMixin):
     num_threads: int | None = None
     activation_policy: str = "retain"
     lora_experts: bool = False
+    scratch_mb: int = 1024
     quant_method: str = QUANT_METHOD  # type: ignore[assignment]  # upstream types it as its own enum
 
     def __post_init__(self) -> None:
@@ -75,6 +78,7 @@ class KTConfig(QuantizationConfigMixin):
         self._check_flag("lora_experts")
         self._check_count("group_size", least=0)
         self._check_count("num_threads", least=1, most=MOST_THREADS)
+        self._check_count("scratch_mb", least=1, most=1 << 20)
         if self.quant_method != QUANT_METHOD:
             raise ConfigError(f"kt_sft: quant_method is always {QUANT_METHOD!r}, got {self.quant_method!r}")
         self._check_available()
@@ -125,7 +129,7 @@ class KTConfig(QuantizationConfigMixin):
 
     def _check_count(self, name: str, least: int, most: int = sys.maxsize) -> None:
         value = getattr(self, name)
-        if value is None:
+        if value is None and getattr(KTConfig, name) is None:  # the default: to be chosen for the user
             return
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ConfigError(f"kt_sft: {name} must be a whole number of at least {least}, got {value!r}")

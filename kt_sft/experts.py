@@ -75,6 +75,7 @@ class _Submit(torch.autograd.Function):
             experts=tensors.idx_TK.data_ptr(),
             weights=tensors.w_TK.data_ptr(),
             retained=_address(tensors.pre_SI),
+            scratch_bytes=link.experts.config.scratch_mb << 20,
             output=tensors.y_TH.data_ptr(),
             held=(tensors, link.experts.store.native),
         )
@@ -137,6 +138,7 @@ class _Await(torch.autograd.Function):
             experts=idx_TK.data_ptr(),
             weights=w_TK.data_ptr(),
             retained=_address(pre_SI),
+            scratch_bytes=link.experts.config.scratch_mb << 20,
             output_grad=dy_TH.data_ptr(),
             hidden_grad=_address(dx_TH),
             weights_grad=_address(dw_TK),

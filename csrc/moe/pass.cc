@@ -8,19 +8,39 @@ namespace kt {
 namespace {
 
 constexpr int64_t kTokensPerTask = 16;
-// The most routed rows that are worked on at once.
-constexpr int64_t kChunkRows = 32768;
 
 }  // namespace
 
+// Both passes cut a call alike, by the one that needs more, as retained rows lie chunk after chunk.
+int64_t Pass::TokensAtOnce(const LayerCall& call) const {
+  const LayerShape& shape = call.layer->shape();
+  const int64_t bytes = kernels_.element_bytes, parts = shape.gated ? 2 : 1;
+  // A row of dL/dx, of the gradients of pre-activations (forward's activations are shorter), of recomputed
+  // pre-activations, and of sums for the router's gradient.
+  const int64_t row = ResultStride(shape.hidden) * 4 + RowStride(parts * Padded(shape.intermediate)) * bytes +
+                      parts * shape.intermediate * 2 + shape.intermediate / 64 + 64;
+  // What panels that are not full waste in each block.
+  const int64_t waste = kernels_.lanes * (Padded(shape.hidden) + Padded(shape.intermediate)) * bytes + 128;
+  // There are at most as many blocks as rows, and as experts and full blocks: either bound will do.
+  const int64_t few_rows = call.scratch_bytes / (row + waste);
+  const int64_t many_rows = (call.scratch_bytes - shape.experts * waste) / (row + CeilDiv(waste, Routing::kBlockRows));
+  const int64_t most = std::max<int64_t>(1, std::max(few_rows, many_rows) / std::max<int64_t>(1, call.slots));
+  return CeilDiv(call.tokens, CeilDiv(call.tokens, most));  // chunks of equal length
+}
+
 template <class Function>
 void Pass::ForEachChunk(const LayerCall& call, const Function& function) {
-  const int64_t tokens_at_once = std::max<int64_t>(1, kChunkRows / std::max<int64_t>(1, call.slots));
+  if (call.tokens == 0) return;
+  const int64_t tokens_at_once = TokensAtOnce(call), experts = call.layer->shape().experts;
+  std::vector<int64_t> expert_rows;
+  if (tokens_at_once < call.tokens) expert_rows = CountRows(call.experts, call.tokens * call.slots, experts);
   int64_t rows_before = 0;
   for (int64_t token = 0; token < call.tokens; token += tokens_at_once) {
     const int64_t tokens = std::min(tokens_at_once, call.tokens - token), offset = token * call.slots;
-    const Routing routing =
-        SortByExpert(call.experts + offset, call.weights + offset, tokens, call.slots, call.layer->shape().experts);
+    Routing routing = SortByExpert(call.experts + offset, call.weights + offset, tokens, call.slots, experts);
+    if (!expert_rows.empty()) {
+      for (RowBlock& block : routing.blocks) block.expert_rows = expert_rows[static_cast<size_t>(block.expert)];
+    }
     Chunk chunk{call, call.layer->shape(), routing, token, nullptr};
     if (call.retained != nullptr) chunk.retained = call.retained + rows_before * chunk.pre_columns();
     function(chunk);
@@ -48,7 +68,8 @@ Pass::Panels Pass::LayOutPanels(const Routing& routing, int64_t depth) const {
   panels.element_bytes = kernels_.element_bytes;
   for (const RowBlock& block : routing.blocks) {
     panels.first.push_back(panels.elements);
-    const int64_t needed = Few(block) ? block.rows * panels.row_stride : RoundUp(block.rows, width()) * panels.depth;
+    const int64_t needed =
+        Few(block) ? block.rows * panels.row_stride : RoundUp(block.rows, kernels_.lanes) * panels.depth;
     panels.elements += RoundUp(needed, 64 / panels.element_bytes);
   }
   return panels;

@@ -3,7 +3,7 @@
 // Sizes: T tokens, K slots per token, E experts, H hidden, I intermediate, S <= T * K routed rows (sentinel slots have
 // none). All intermediate results are kept in rows sorted by expert. How the work is cut depends on these sizes and the
 // tier alone, never on the number of threads, and every sum is formed in a fixed order: the same tokens give the same
-// bits with any number of threads.
+// bits with any number of threads, and with any bound on scratch.
 #pragma once
 
 #include <cstdint>
@@ -24,8 +24,13 @@ struct LayerCall {
   const int64_t* experts = nullptr;  // [T, K]
   const float* weights = nullptr;    // [T, K]
 
-  // [T * K, 2I] ([T * K, I] ungated) pre-activations, gate first, in sorted rows. Forward fills it if given; backward
-  // uses it if given and else computes it again, to the same bits.
+  // What routed rows take in scratch at most; long calls are cut into chunks of tokens that need no more (but a token
+  // at least). The panels of a task come on top, less than 1 MiB for each thread: they do not count, so that calls are
+  // cut alike with any number of threads. Must be the same for a forward that retains and its backward.
+  int64_t scratch_bytes = int64_t{1} << 30;
+
+  // [T * K, 2I] ([T * K, I] ungated) pre-activations, gate first, in sorted rows of each chunk. Forward fills it if
+  // given; backward uses it if given and else computes it again, to the same bits.
   Bf16* retained = nullptr;
 
   void* output = nullptr;  // forward: [T, H]
@@ -50,6 +55,7 @@ class Pass {
   struct WeightColumns;
   struct Group;
 
+  int64_t TokensAtOnce(const LayerCall& call) const;
   template <class Function>
   void ForEachChunk(const LayerCall& call, const Function& function);
 
@@ -91,8 +97,9 @@ class Pass {
   static constexpr int64_t kTilesPerTask = 4;
   int64_t task_rows() const { return kTilesPerTask * kernels_.tile_rows; }
   // Blocks of few rows are multiplied along the depth, straight from the stored rows: the vectors of their panels would
-  // be less than three quarters full.
-  bool Few(const RowBlock& block) const { return 4 * block.rows <= 3 * kernels_.lanes; }
+  // be less than three quarters full. The rows of the whole call decide: sums are formed in another order, and a
+  // token's bits must not depend on how the call is cut.
+  bool Few(const RowBlock& block) const { return 4 * block.expert_rows <= 3 * kernels_.lanes; }
 
   // Products are cut along the depth so that a task's decoded rows and what one panel contributes both stay in L1.
   static constexpr int64_t kPanelChunkBytes = 16384;

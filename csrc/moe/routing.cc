@@ -5,17 +5,22 @@
 
 namespace kt {
 
+std::vector<int64_t> CountRows(const int64_t* experts, int64_t count, int64_t expert_count) {
+  std::vector<int64_t> rows(static_cast<size_t>(expert_count) + 1, 0);
+  for (int64_t i = 0; i < count; ++i) {
+    if (experts[i] < 0 || experts[i] > expert_count) throw std::out_of_range("an expert index is out of range");
+    ++rows[static_cast<size_t>(experts[i])];
+  }
+  return rows;
+}
+
 Routing SortByExpert(const int64_t* experts, const float* weights, int64_t tokens, int64_t slots,
                      int64_t expert_count) {
   Routing routing;
   routing.tokens = tokens;
   routing.slots = slots;
-  std::vector<int64_t> first(static_cast<size_t>(expert_count) + 2, 0);
-  for (int64_t i = 0; i < tokens * slots; ++i) {
-    if (experts[i] < 0 || experts[i] > expert_count) throw std::out_of_range("an expert index is out of range");
-    ++first[static_cast<size_t>(experts[i]) + 1];
-  }
-  for (size_t e = 1; e < first.size(); ++e) first[e] += first[e - 1];
+  std::vector<int64_t> first = {0};
+  for (const int64_t count : CountRows(experts, tokens * slots, expert_count)) first.push_back(first.back() + count);
   const int64_t rows = first[static_cast<size_t>(expert_count)];  // the sentinel's come after these
 
   routing.token_of.resize(static_cast<size_t>(rows));
@@ -30,9 +35,9 @@ Routing SortByExpert(const int64_t* experts, const float* weights, int64_t token
     routing.weight_of[static_cast<size_t>(row)] = weights[i];
   }
   for (int64_t e = 0; e < expert_count; ++e) {
-    const int64_t end = first[static_cast<size_t>(e) + 1];
-    for (int64_t row = first[static_cast<size_t>(e)]; row < end; row += Routing::kBlockRows) {
-      routing.blocks.push_back({e, row, std::min(Routing::kBlockRows, end - row)});
+    const int64_t begin = first[static_cast<size_t>(e)], end = first[static_cast<size_t>(e) + 1];
+    for (int64_t row = begin; row < end; row += Routing::kBlockRows) {
+      routing.blocks.push_back({e, row, std::min(Routing::kBlockRows, end - row), end - begin});
     }
   }
   return routing;

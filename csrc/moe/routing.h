@@ -11,6 +11,7 @@ struct RowBlock {
   int64_t expert;
   int64_t first;  // in sorted rows
   int64_t rows;
+  int64_t expert_rows;  // of this expert in the whole call
 };
 
 struct Routing {
@@ -29,5 +30,8 @@ struct Routing {
 // Sorts the T * K slots by expert, keeping the order of tokens within one expert. `experts` is [T, K], every value in
 // [0, E]; E is the sentinel for "no expert" and gets no row. `weights` is [T, K].
 Routing SortByExpert(const int64_t* experts, const float* weights, int64_t tokens, int64_t slots, int64_t expert_count);
+
+// How many of `count` slots each expert has, the sentinel's last. Throws std::out_of_range for an index outside [0, E].
+std::vector<int64_t> CountRows(const int64_t* experts, int64_t count, int64_t expert_count);
 
 }  // namespace kt

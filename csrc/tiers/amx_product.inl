@@ -169,7 +169,14 @@ struct TileProduct {
     const int64_t group = scale == nullptr ? p.depth : RoundUp(Smaller(p.scales.group, p.depth), 2);
     bool accumulate = p.accumulate;
     for (int64_t d = 0; d < p.depth; d += group, accumulate = true) {
-      ZeroBlock<kRows, kColumns>();
+      if (accumulate && scale == nullptr) {
+        // On top of C, as full blocks do it: a row's bits do not depend on how many others there are.
+        for (int r = 0; r < p.rows; ++r) std::memcpy(sums[r], p.c + r * p.c_stride, p.width * sizeof(float));
+        std::memset(sums[p.rows], 0, (kRows * kSide - p.rows) * sizeof(sums[0]));
+        LoadBlock<kRows, kColumns>(sums[0], kBlock);
+      } else {
+        ZeroBlock<kRows, kColumns>();
+      }
       AddSteps<kRows, kColumns>(p, d, Smaller(p.depth, d + group));
       StoreBlock<kRows, kColumns>(sums[0], kBlock);
       for (int r = 0; r < p.rows; ++r) {
@@ -177,7 +184,7 @@ struct TileProduct {
         for (int column = 0; column < p.width; column += Ops::kLanes) {
           float* const to = p.c + r * p.c_stride + column;
           const F sum = Ops::Load(sums[r] + column);
-          Ops::Store(to, accumulate ? Ops::Fma(sum, factor, Ops::Load(to)) : Ops::Mul(sum, factor));
+          Ops::Store(to, accumulate && scale != nullptr ? Ops::Fma(sum, factor, Ops::Load(to)) : Ops::Mul(sum, factor));
         }
       }
       if (scale != nullptr) ++scale;

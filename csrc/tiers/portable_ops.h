@@ -56,7 +56,7 @@ struct PortableVectors {
     });
   }
   static F SelectNegative(F x, F negative, F otherwise) { return (x < Zero()) ? negative : otherwise; }
-  static float Sum(F a) { return (a[0] + a[1]) + (a[2] + a[3]); }
+  static float Sum(F a) { return (a[0] + a[2]) + (a[1] + a[3]); }
 
   static F LoadBf16(const kt::Bf16* p) {
     return Each([&](int i) { return kt::FloatFromBf16(p[i]); });

@@ -166,9 +166,10 @@ struct Product {
       F* const all = &sum[0][0];
       for (int first = 0; first < kRows * kTokens; first += kLanes) {
         Ops::Transpose(all + first);
-        F add = all[first];
-        for (int i = 1; i < kLanes; ++i) add = Ops::Add(add, all[first + i]);
-        Ops::Store(total + first, add);
+        for (int half = kLanes / 2; half > 0; half /= 2) {  // in the order of Ops::Sum
+          for (int i = first; i < first + half; ++i) all[i] = Ops::Add(all[i], all[i + half]);
+        }
+        Ops::Store(total + first, all[first]);
       }
       for (int r = 0; r < kRows; ++r) {
         for (int t = 0; t < kTokens; ++t) c[t * c_stride + r] = total[r * kTokens + t];

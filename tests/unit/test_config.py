@@ -37,6 +37,8 @@ def test_from_dict_takes_a_recipes_block():
         ({"num_threads": "two"}, "num_threads must be a whole number"),
         ({"num_threads": True}, "num_threads must be a whole number"),
         ({"num_threads": 1.5}, "num_threads must be a whole number"),
+        ({"scratch_mb": 0}, "scratch_mb must be a whole number of at least 1, got 0"),
+        ({"scratch_mb": None}, "scratch_mb must be a whole number of at least 1, got None"),
         ({"zero_point": "yes"}, "zero_point must be true or false"),
         ({"lora_experts": 1}, "lora_experts must be true or false"),
         ({"quant_method": "awq"}, "quant_method is always 'kt_sft'"),
