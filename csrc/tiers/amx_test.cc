@@ -162,7 +162,8 @@ void CheckProduct(const testing::TestedTier& tier, const Product& p, std::mt1993
   Ahead none;
   kernels.multiply(a.data(), a_stride, p.rows, panel.data(), p.width, p.depth, row_scales, c.data(), c_stride,
                    p.accumulate, none);
-  if (kernels.end_products != nullptr) kernels.end_products();
+  // Not always: the next product must find out what the tiles are configured for.
+  if (p.rows % 2 == 0) kernels.end_products();
 
   double worst = 0;
   bool guards_kept = true;
