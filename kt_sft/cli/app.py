@@ -9,6 +9,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from kt_sft.cli.shapes import MODELS, ShapeError
+
 app = typer.Typer(
     name="kt-sft",
     help="Routed experts on the CPU: is this machine ready for them, and how fast is it?",
@@ -17,11 +19,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-
-
-@app.callback()
-def _root() -> None:
-    """Keeps the commands named even while there is only one of them."""
 
 
 @app.command()
@@ -45,7 +42,9 @@ def doctor(
 
 @app.command()
 def bench(
-    model: Annotated[str, typer.Option(help="A model's name, or a folder with its config.json.")] = "qwen3-30b-a3b",
+    model: Annotated[
+        str, typer.Option(help=f"A model's name ({', '.join(MODELS)}), or a folder with its config.json.")
+    ] = "qwen3-30b-a3b",
     hidden: Annotated[int | None, typer.Option(min=1, help="Hidden size, instead of the model's.")] = None,
     intermediate: Annotated[int | None, typer.Option(min=1, help="Expert intermediate size.")] = None,
     experts: Annotated[
@@ -84,7 +83,6 @@ def bench(
     from kt_sft.cli.bench import measure
     from kt_sft.cli.bench_plan import BenchError, plan
     from kt_sft.cli.bench_report import draw, show
-    from kt_sft.cli.shapes import ShapeError
     from kt_sft.config import ConfigError
 
     console = Console()

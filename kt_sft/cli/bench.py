@@ -72,7 +72,15 @@ def measure(plan: Plan, note: Note = lambda _: None) -> dict[str, Any]:
         The report, ready for JSON: `machine`, `layer`, `settings`, `baselines` (name to descriptions), `peaks` (the
         tier's, measured throughout) and `results`, one dict for each variant, pass and number of rows (see `_result`).
     """
+    before = torch.get_num_threads()
     torch.set_num_threads(plan.threads)
+    try:
+        return _measure(plan, note)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _measure(plan: Plan, note: Note) -> dict[str, Any]:
     tier = get_engine(plan.threads).tier
     note(f"{plan.shape.experts} experts of H {plan.shape.hidden}, I {plan.shape.intermediate}; tier {tier}")
     load = os.getloadavg()[0]
@@ -209,9 +217,9 @@ def _result(plan: Plan, peak: Peak, timing: Timing, which: str) -> dict[str, Any
 
     `seconds` is the median, `spread` half the distance between the quartiles over it. `peak_share` is of the tier's
     measured peak, and None for INT8 products, whose peak is another. At one row per expert `read_gbs` counts the stored
-    bytes of all experts, scales included, and `read_share` is of the measured bandwidth, which is by elapsed time: None
-    if CPU time is counted. `others` holds each baseline
-    that has this pass; `ratio` is how many times faster ours is, the median of the rounds' ratios.
+    bytes of all experts, scales included, and `read_share` is of the measured bandwidth; that is by elapsed time, so
+    None where CPU time is counted. `others` holds each baseline that has this pass; `ratio` is how many times faster
+    ours is, the median of the rounds' ratios.
     """
     ours, rows = timing.seconds[OURS][which], timing.rows
     median = statistics.median(ours)

@@ -36,7 +36,8 @@ def show(report: dict[str, Any], console: Console) -> None:
     )
     for which in dict.fromkeys(result["pass"] for result in report["results"]):
         console.print(_table(report, which))
-    console.print("x: how many times faster than")
+    if report["baselines"]:
+        console.print("x: how many times faster than")
     for name, descriptions in report["baselines"].items():
         for description in descriptions:
             console.print(f"- {name}: {description}", style="dim", highlight=False)

@@ -220,6 +220,11 @@ class TestReport:
         draw(report, tmp_path / "bench.png")
         assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
 
+    def test_leaves_torchs_threads_as_they_were(self) -> None:
+        threads = torch.get_num_threads()
+        measure(a_plan(threads=threads + 1, rows=(1,), repeats=1))
+        assert torch.get_num_threads() == threads
+
     def test_without_torch_and_with_one_pass(self) -> None:
         report = measure(a_plan(with_torch=False, passes=("backward",), rows=(1,)))
         assert report["baselines"] == {}
