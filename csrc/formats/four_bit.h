@@ -22,15 +22,18 @@ alignas(64) static constexpr float kNf4Values[16] = {
 template <const float (&kValues)[16]>
 struct FourBitCodes {
   static constexpr int kBits = 4;
-  static constexpr bool kInterleaved = true;
 
   template <class Ops>
   static void Decode(const uint8_t* codes, typename Ops::F* even, typename Ops::F* odd) {
     Ops::LookUp(kValues, codes, even, odd);
   }
   template <class Ops>
-  static void Store(const uint8_t* codes, typename Ops::Element* out) {
-    Ops::StoreLookUp(kValues, codes, out);
+  static typename Ops::Step Join(typename Ops::F even, typename Ops::F odd) {
+    return Ops::Interleaved(even, odd);
+  }
+  template <class Ops>
+  static typename Ops::Step Bare(const uint8_t* codes) {
+    return Ops::LookUpStep(kValues, codes);
   }
 };
 

@@ -8,7 +8,6 @@ namespace kt {
 
 struct Fp8Codes {
   static constexpr int kBits = 8;
-  static constexpr bool kInterleaved = false;
 
   template <class Ops>
   static void Decode(const uint8_t* codes, typename Ops::F* first, typename Ops::F* second) {
@@ -16,10 +15,12 @@ struct Fp8Codes {
     *second = Ops::FromFp8(codes + Ops::kLanes);
   }
   template <class Ops>
-  static void Store(const uint8_t* codes, typename Ops::Element* out) {
-    typename Ops::F first, second;
-    Decode<Ops>(codes, &first, &second);
-    Ops::StoreHalves(first, second, out);
+  static typename Ops::Step Join(typename Ops::F first, typename Ops::F second) {
+    return Ops::Halves(first, second);
+  }
+  template <class Ops>
+  static typename Ops::Step Bare(const uint8_t* codes) {
+    return Ops::Halves(Ops::FromFp8(codes), Ops::FromFp8(codes + Ops::kLanes));
   }
 };
 

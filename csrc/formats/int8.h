@@ -7,7 +7,6 @@ namespace kt {
 
 struct Int8Codes {
   static constexpr int kBits = 8;
-  static constexpr bool kInterleaved = false;
 
   template <class Ops>
   static void Decode(const uint8_t* codes, typename Ops::F* first, typename Ops::F* second) {
@@ -15,10 +14,12 @@ struct Int8Codes {
     *second = Ops::FromInt8(codes + Ops::kLanes);
   }
   template <class Ops>
-  static void Store(const uint8_t* codes, typename Ops::Element* out) {
-    typename Ops::F first, second;
-    Decode<Ops>(codes, &first, &second);
-    Ops::StoreHalves(first, second, out);
+  static typename Ops::Step Join(typename Ops::F first, typename Ops::F second) {
+    return Ops::Halves(first, second);
+  }
+  template <class Ops>
+  static typename Ops::Step Bare(const uint8_t* codes) {
+    return Ops::Halves(Ops::FromInt8(codes), Ops::FromInt8(codes + Ops::kLanes));
   }
 };
 

@@ -1,9 +1,11 @@
-// What the formats with scales share: runs of codes, group by group. A format's `Codes` says
-//   static constexpr int kBits;           // of a code: 4 or 8
-//   static constexpr bool kInterleaved;   // what Decode gives: even and odd columns, or the first and second half
+// What the formats with scales share: runs of codes, group by group. A step is 2 * kLanes neighbouring columns. A
+// format's `Codes` says
+//   static constexpr int kBits;  // of a code: 4 or 8
 //   template <class Ops> static void Decode(const uint8_t* codes, typename Ops::F* a, typename Ops::F* b);
-//   template <class Ops> static void Store(const uint8_t* codes, typename Ops::Element* out);  // Decode, as elements
-// where Decode and Store read the codes of 2 * kLanes neighbouring columns.
+//   template <class Ops> static typename Ops::Step Join(typename Ops::F a, typename Ops::F b);
+//   template <class Ops> static typename Ops::Step Bare(const uint8_t* codes);
+// Decode gives a step's codes as FP32, in whatever order is cheapest; Join makes the tier's elements of them, in order;
+// Bare does both at once.
 #pragma once
 
 #include "formats/format.h"
@@ -19,6 +21,13 @@ struct ScaledFormat {
   static const uint8_t* Address(const MatrixView& w, int64_t row, int64_t column) {
     return w.rows + row * w.row_stride + column * Codes::kBits / 8;
   }
+
+  // The bare codes of a step.
+  template <class Ops>
+  static typename Ops::Step Step(const uint8_t* codes) {
+    return Codes::template Bare<Ops>(codes);
+  }
+  static constexpr int64_t CodeBytes(int64_t columns) { return (columns * Codes::kBits + 7) / 8; }
 
   template <class Ops>
   static const typename Ops::Element* Elements(const MatrixView&, int64_t) {
@@ -42,7 +51,7 @@ struct ScaledFormat {
   template <class Ops, bool kScaled, bool kZero>
   static void Run(const MatrixView& w, int64_t row, int64_t column, int64_t count, typename Ops::Element* out) {
     using F = typename Ops::F;
-    constexpr int kStep = 2 * Ops::kLanes, kBytes = kStep * Codes::kBits / 8;
+    constexpr int kStep = 2 * Ops::kLanes, kBytes = CodeBytes(kStep);
     static_assert(kLeastGroup % kStep == 0, "a step must lie within one group");
     const int shift = GroupShift(w);
     const int64_t first = column >> shift;
@@ -51,7 +60,7 @@ struct ScaledFormat {
     const uint8_t* const zeros = kZero ? w.zeros + row / w.group_rows * w.zero_stride + first : nullptr;
     const uint8_t* codes = Address(w, row, column);
     const auto step = [&](int64_t i, const uint8_t* from, typename Ops::Element* to) {
-      if constexpr (!kScaled && !kZero) return Codes::template Store<Ops>(from, to);
+      if constexpr (!kScaled && !kZero) return Ops::StoreStep(Codes::template Bare<Ops>(from), to);
       const int64_t group = ((column + i) >> shift) - first;
       F a, b;
       Codes::template Decode<Ops>(from, &a, &b);
@@ -63,17 +72,13 @@ struct ScaledFormat {
         const F scale = Ops::Set(scales[group]);
         a = Ops::Mul(a, scale), b = Ops::Mul(b, scale);
       }
-      if constexpr (Codes::kInterleaved) {
-        Ops::StoreInterleaved(a, b, to);
-      } else {
-        Ops::StoreHalves(a, b, to);
-      }
+      Ops::StoreStep(Codes::template Join<Ops>(a, b), to);
     };
     int64_t i = 0;
     for (; i + kStep <= count; i += kStep, codes += kBytes) step(i, codes, out + i);
     if (i == count) return;
     uint8_t last[kBytes] = {};
-    std::memcpy(last, codes, static_cast<size_t>((count - i) * Codes::kBits + 7) / 8);
+    std::memcpy(last, codes, static_cast<size_t>(CodeBytes(count - i)));
     typename Ops::Element decoded[kStep];
     step(i, last, decoded);
     std::memcpy(out + i, decoded, static_cast<size_t>(count - i) * sizeof(*out));

@@ -30,19 +30,23 @@ struct Ops : PortableVectors {
 
   static void ElementsFromBf16(const uint8_t* src, int64_t count, Element* out) { std::memcpy(out, src, count * 2); }
   static void StoreElements(F x, Element* out) { StoreBf16(out, x); }
-  static void StoreHalves(F first, F second, Element* out) {
-    StoreBf16(out, first);
-    StoreBf16(out + kLanes, second);
+  struct Step {
+    Panel panels[1];
+  };
+  static Step Halves(F first, F second) {
+    Element elements[2 * kLanes];
+    StoreBf16(elements, first);
+    StoreBf16(elements + kLanes, second);
+    return {{LoadPanel(elements)}};
   }
-  static void StoreInterleaved(F even, F odd, Element* out) {
-    Store(reinterpret_cast<float*>(out), PackBf16(even, odd));
-  }
-  static void StoreLookUp(const float* values, const uint8_t* codes, Element* out) {
+  static Step Interleaved(F even, F odd) { return {{PackBf16(even, odd)}}; }
+  static Step LookUpStep(const float* values, const uint8_t* codes) {
     F even, odd;
     LookUp(values, codes, &even, &odd);
-    StoreInterleaved(even, odd, out);
+    return Interleaved(even, odd);
   }
-  static void StoreActivation(Element* out, int, F even, F odd, bool) { StoreInterleaved(even, odd, out); }
+  static void StoreStep(const Step& step, Element* out) { Store(reinterpret_cast<float*>(out), step.panels[0]); }
+  static void StoreActivation(Element* out, int, F even, F odd, bool) { StoreStep(Interleaved(even, odd), out); }
   static void InterleaveRows(Element* out, const Element* row0, const Element* row1) {
     for (int i = 0; i < kLanes * kTileVectors; ++i) {
       out[2 * i] = row0[i];

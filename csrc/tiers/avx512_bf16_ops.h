@@ -30,19 +30,19 @@ struct Avx512Bf16Ops : Avx512Vectors {
   static void ElementsFromBf16(const uint8_t* src, int64_t count, Element* out) { std::memcpy(out, src, count * 2); }
   static void StoreElements(F x, Element* out) { StoreBf16(out, x); }
 
-  static void StoreHalves(F first, F second, Element* out) {
-    _mm512_storeu_si512(out, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first)));
-  }
-  static void StoreLookUp(const float* values, const uint8_t* codes, Element* out) {
+  struct Step {
+    Panel panels[1];
+  };
+  static Step Halves(F first, F second) { return {{reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first))}}; }
+  static Step Interleaved(F even, F odd) { return {{_mm512_castps_si512(PackBf16(even, odd))}}; }
+  static Step LookUpStep(const float* values, const uint8_t* codes) {
     const __m256i table = RoundToBf16(_mm512_load_ps(values));  // exact
     const __m512i both = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
     // Each half of a lane gets its code's four bits as its lowest; the fifth does not matter, as the table comes twice.
     const __m512i index = _mm512_or_si512(both, _mm512_slli_epi32(both, 12));
-    _mm512_storeu_si512(out, _mm512_permutexvar_epi16(index, _mm512_broadcast_i64x4(table)));
+    return {{_mm512_permutexvar_epi16(index, _mm512_broadcast_i64x4(table))}};
   }
-  static void StoreInterleaved(F even, F odd, Element* out) {
-    Store(reinterpret_cast<float*>(out), PackBf16(even, odd));
-  }
+  static void StoreStep(Step step, Element* out) { _mm512_storeu_si512(out, step.panels[0]); }
 
   static F PackBf16(F even, F odd) {
     const __m512i both = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(odd, even));  // 16 of `even`, then 16 of `odd`

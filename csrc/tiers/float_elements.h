@@ -28,20 +28,23 @@ struct FloatElements : V {
   }
   static void StoreElements(F x, Element* out) { V::Store(out, x); }
 
-  static void StoreHalves(F first, F second, Element* out) {
-    V::Store(out, first);
-    V::Store(out + V::kLanes, second);
+  struct Step {
+    Panel panels[2];
+  };
+  static Step Halves(F first, F second) { return {{first, second}}; }
+  static Step Interleaved(F even, F odd) {
+    Step step;
+    V::Interleave(even, odd, &step.panels[0], &step.panels[1]);
+    return step;
   }
-  static void StoreInterleaved(F even, F odd, Element* out) {
-    F first, second;
-    V::Interleave(even, odd, &first, &second);
-    StoreHalves(first, second, out);
-  }
-
-  static void StoreLookUp(const float* values, const uint8_t* codes, Element* out) {
+  static Step LookUpStep(const float* values, const uint8_t* codes) {
     F even, odd;
     V::LookUp(values, codes, &even, &odd);
-    StoreInterleaved(even, odd, out);
+    return Interleaved(even, odd);
+  }
+  static void StoreStep(const Step& step, Element* out) {
+    V::Store(out, step.panels[0]);
+    V::Store(out + V::kLanes, step.panels[1]);
   }
 
   static void StoreActivation(Element* out, int width, F even, F odd, bool has_odd) {

@@ -12,8 +12,8 @@
 //  - StoreActivation(out, width, F even, F odd, has_odd): two depth steps of a B panel
 //  - InterleaveRows(out, row0, row1): one panel's width of kPair weight rows
 //  - FromInt8(codes), FromFp8(codes): kLanes codes to F; LookUp(16 values, codes, F* even, F* odd): 2 kLanes codes
-//  - StoreLookUp(16 values, codes, out): the same as 2 kLanes elements
-//  - StoreHalves(F, F, out), StoreInterleaved(F even, F odd, out): 2 kLanes elements
+//  - Step, 2 kLanes elements in a row as 2 / kPair Panels: Halves(F, F), Interleaved(F even, F odd),
+//  LookUpStep(16 values, codes), StoreStep(Step, out)
 //  - PackBf16(F even, F odd): lane i holds the BF16 values even[i], odd[i]; Transpose(F[kLanes]); Keep(F&)
 #pragma once
 

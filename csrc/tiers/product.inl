@@ -243,6 +243,11 @@ struct Product {
       }
       return;
     }
+    if constexpr (Format::kScales) {
+      if (tokens <= kStreamTokens && w.zeros == nullptr) {
+        return StreamRows<Format, kStreamTokens>(w, row, rows, columns, x_rows, x_stride, tokens, c, c_stride);
+      }
+    }
     // Rows are decoded once for all tokens, in pieces that are added up in the order of the depth. A piece holds whole
     // groups, or lies within one.
     constexpr bool kScaleSums = Format::kScales && Ops::kScaleProducts;
@@ -265,6 +270,71 @@ struct Product {
         }
         DotPiece(sources, count, x_rows + k, x_stride, tokens, depth, of_piece, c + r, c_stride, k > 0);
       }
+    }
+  }
+
+  // ---- for one to three tokens ----
+
+  // Codes go from memory to the product in registers, one row after the other: in the order of memory, which is as fast
+  // as memory can be read. Each step's sums are scaled on their own.
+  template <class Format, int kTokens>
+  static void StreamRows(const MatrixView& w, int64_t row, int rows, int64_t columns, const Element* x,
+                         int64_t x_stride, int tokens, float* c, int64_t c_stride) {
+    if constexpr (kTokens > 1) {
+      if (tokens < kTokens)
+        return StreamRows<Format, kTokens - 1>(w, row, rows, columns, x, x_stride, tokens, c, c_stride);
+    }
+    for (int r = 0; r < rows; ++r) StreamRow<Format, kTokens>(w, row + r, columns, x, x_stride, c + r, c_stride);
+  }
+
+  static constexpr int kStreamTokens = 3;
+  static constexpr int kStep = 2 * kLanes;
+
+  template <class Format, int kTokens>
+  static void StreamRow(const MatrixView& w, int64_t row, int64_t columns, const Element* x, int64_t x_stride, float* c,
+                        int64_t c_stride) {
+    constexpr int kParts = 4;  // sums that do not wait for each other
+    const int shift = GroupShift(w);
+    const uint8_t* const codes = Format::Address(w, row, 0);
+    F total[kParts][kTokens];
+    Clear<kParts, kTokens>(total);
+    float scales[kDotPiece / kLeastGroup];
+    for (int64_t piece = 0; piece < columns; piece += kDotPiece) {
+      const int64_t end = Smaller(columns, piece + kDotPiece), first = piece >> shift;
+      LoadScales(w, row, first, ((end - 1) >> shift) - first + 1, scales);
+      const auto step = [&](int64_t k, F(&sum)[kTokens]) {
+        StreamStep<Format, kTokens>(codes + Format::CodeBytes(k), x + k, x_stride, scales[(k >> shift) - first], sum);
+      };
+      int64_t k = piece;
+      for (; k + kParts * kStep <= end; k += kParts * kStep) {
+#pragma GCC unroll 4
+        for (int p = 0; p < kParts; ++p) step(k + p * kStep, total[p]);
+      }
+      for (; k + kStep <= end; k += kStep) step(k, total[0]);
+      if (k == end) continue;
+      uint8_t last_codes[Format::CodeBytes(kStep)] = {};
+      alignas(64) Element last[kTokens][kStep] = {};
+      std::memcpy(last_codes, codes + Format::CodeBytes(k), static_cast<size_t>(Format::CodeBytes(end - k)));
+      for (int t = 0; t < kTokens; ++t) std::memcpy(last[t], x + t * x_stride + k, (end - k) * sizeof(Element));
+      StreamStep<Format, kTokens>(last_codes, last[0], kStep, scales[(k >> shift) - first], total[0]);
+    }
+    for (int t = 0; t < kTokens; ++t) {
+      const F low = Ops::Add(total[0][t], total[1][t]), high = Ops::Add(total[2][t], total[3][t]);
+      c[t * c_stride] = Ops::Sum(Ops::Add(low, high));
+    }
+  }
+
+  template <class Format, int kTokens>
+  static void StreamStep(const uint8_t* codes, const Element* x, int64_t x_stride, float scale, F (&sum)[kTokens]) {
+    const typename Ops::Step step = Format::template Step<Ops>(codes);
+#pragma GCC unroll 4
+    for (int t = 0; t < kTokens; ++t) {
+      F part = Ops::Zero();
+#pragma GCC unroll 2
+      for (int p = 0; p < 2 / kPair; ++p) {
+        part = Ops::MultiplyAdd(part, step.panels[p], Ops::LoadPanel(x + t * x_stride + p * kLanes * kPair));
+      }
+      sum[t] = Ops::Fma(part, Ops::Set(scale), sum[t]);
     }
   }
 
