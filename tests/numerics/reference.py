@@ -5,7 +5,11 @@ The bound is a first-order error analysis, term by term:
 * u: half the spacing of the operands at 1: 2^-8 where the tier multiplies BF16, 0 where it multiplies FP32 (whose
   rounding the sums cover).
 * Inputs (hidden states, dL/dy) are rounded to operands once: relative u, or 0 if they are BF16 already.
-* A sum of n products in FP32, in whatever order: n · 2^-24 · Σ|terms|.
+* Weights are code x scale in float64, and exact. Where operands are FP32 they are rounded to FP32 once, or the scale
+  multiplies a group's sum: one rounding of 2^-24, and another to add that sum. Where operands are BF16, forward
+  multiplies exact codes and scales the sums likewise; backward rounds code x scale to BF16 once, relative 2^-8, but for
+  formats whose products are BF16 already (EXACT_IN_BF16: no scales, or powers of two).
+* A sum of n products in FP32, in whatever order: n · 2^-24 · Σ|terms|, and 4 roundings more for scales and biases.
 * An activation f passes an error δ of its argument on with at most max|f'| · δ, its derivative with max|f''| · δ; its
   own evaluation in FP32 is within 2^-20 of
   (1 + |x|)² (exp within 2^-22 relative, a handful of roundings of values up to x²).
@@ -24,6 +28,11 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+#: Tiers whose products take BF16 operands.
+BF16_TIERS = ("avx512_bf16", "amx")
+#: Formats whose weights, code x scale, are BF16 values.
+EXACT_IN_BF16 = ("bf16", "mxfp4")
 
 SECOND_ORDER = 1.1
 FLOAT_ROUNDING = 2.0**-24
@@ -88,19 +97,22 @@ def moe_layer(
     down: Tensor,
     activation: str,
     *,
-    bf16_operands: bool,
+    tier: str,
+    expert_format: str = "bf16",
     gate_up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
 ) -> LayerResult:
-    """The layer and its gradients; `gate_up` [E, 2I, H] ([E, I, H] ungated) and `down` [E, H, I] are the weights as
-    stored.
+    """The layer and its gradients, with bounds for a tier and a format.
+
+    `gate_up` [E, 2I, H] ([E, I, H] ungated) and `down` [E, H, I] are the weights as stored, dequantised.
     """
     hidden = x_TH.shape[1]
     experts, _, intermediate = down.shape
     gated = gate_up.shape[1] == 2 * intermediate
-    u = BF16_ROUNDING if bf16_operands else 0.0
+    u = BF16_ROUNDING if tier in BF16_TIERS else 0.0
     u_in = 0.0 if x_TH.dtype == torch.bfloat16 else u
-    sum_h, sum_i = (hidden + 2) * FLOAT_ROUNDING, (2 * intermediate + 2) * FLOAT_ROUNDING
+    u_weight = 0.0 if expert_format in EXACT_IN_BF16 else u
+    sum_h, sum_i = (hidden + 4) * FLOAT_ROUNDING, (2 * intermediate + 4) * FLOAT_ROUNDING
     f, slope_bound, curvature_bound = ACTIVATIONS[activation]
     x, dy, w = x_TH.double().cpu(), dy_TH.double().cpu(), w_TK.detach().double().cpu()
     gate_up, down = gate_up.double(), down.double()
@@ -131,7 +143,7 @@ def moe_layer(
             f, slope_bound, curvature_bound, activation, pre, back_error
         )
         d_act = dye @ down[e]
-        d_act_error = (dye.abs() @ down[e].abs()) * (u_in + sum_h)
+        d_act_error = (dye.abs() @ down[e].abs()) * (u_in + u_weight + sum_h)
         inner_error = d_act.abs() * (act_error + sum_i * act.abs()) + d_act_error * (act.abs() + act_error)
         dw.value[token, slot] += (d_act * act).sum(1) + dye @ bias
         dw.error[token, slot] += inner_error.sum(1) + (dye.abs() @ bias.abs()) * sum_h
@@ -140,7 +152,7 @@ def moe_layer(
             d_pre = we * d_act * slope
             d_pre_error = we.abs() * (d_act_error * (slope.abs() + slope_error) + d_act.abs() * slope_error)
             dx.value.index_add_(0, token, d_pre @ matrix)
-            dx.error.index_add_(0, token, (d_pre_error + d_pre.abs() * (u + sum_i)) @ matrix.abs())
+            dx.error.index_add_(0, token, (d_pre_error + d_pre.abs() * (u + u_weight + sum_i)) @ matrix.abs())
     return LayerResult(y, dx, dw)
 
 

@@ -4,102 +4,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 
-import kt_sft
-from kt_sft.engine.engine import available_tiers
-from tests.numerics.reference import LayerResult, moe_layer
+from tests.numerics.cases import assert_within_bounds, make_case
+from tests.numerics.reference import moe_layer
 
-TIERS = available_tiers()
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-@dataclasses.dataclass
-class Case:
-    """One layer with its inputs."""
-
-    x: torch.Tensor
-    idx: torch.Tensor
-    w: torch.Tensor
-    dy: torch.Tensor
-    gate_up: torch.Tensor
-    down: torch.Tensor
-    gate_up_bias: torch.Tensor | None
-    down_bias: torch.Tensor | None
-    activation: str
-
-    def run(self, **config) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, kt_sft.CpuExperts]:
-        experts = kt_sft.CpuExperts.from_weights(
-            self.gate_up,
-            self.down,
-            kt_sft.KTConfig(**config),
-            self.activation,
-            gate_up_bias=self.gate_up_bias,
-            down_bias=self.down_bias,
-        )
-        x, w = self.x.clone().requires_grad_(), self.w.clone().requires_grad_()
-        y = experts(x, self.idx, w)
-        y.backward(self.dy)
-        return y.detach(), x.grad, w.grad, experts
-
-    def expected(self, experts: kt_sft.CpuExperts, tier: str) -> LayerResult:
-        gate_up, down = experts.dequantized()
-        return moe_layer(
-            self.x,
-            self.idx,
-            self.w,
-            self.dy,
-            gate_up,
-            down,
-            self.activation,
-            bf16_operands=tier in ("avx512_bf16", "amx"),
-            gate_up_bias=self.gate_up_bias,
-            down_bias=self.down_bias,
-        )
-
-
-def make_case(
-    tokens,
-    slots,
-    experts,
-    hidden,
-    intermediate,
-    *,
-    dtype=torch.bfloat16,
-    activation="silu",
-    gated=True,
-    biased=False,
-    seed=0,
-) -> Case:
-    random = torch.Generator().manual_seed(seed)
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=random)
-
-    rows = 2 * intermediate if gated else intermediate
-    # Skewed routing: the first experts get most tokens, the sentinel occurs, the last experts may get nothing.
-    share = torch.rand(tokens, slots, generator=random) ** 3
-    return Case(
-        x=normal(tokens, hidden).to(dtype),
-        idx=(share * (experts + 1)).long(),
-        w=normal(tokens, slots),
-        dy=normal(tokens, hidden).to(dtype),
-        gate_up=normal(experts, rows, hidden) * (2 / hidden**0.5),
-        down=normal(experts, hidden, intermediate) / intermediate**0.5,
-        gate_up_bias=normal(experts, rows) if biased else None,
-        down_bias=normal(experts, hidden) if biased else None,
-        activation=activation,
-    )
-
-
-def assert_within_bounds(case: Case, tier: str, **config) -> None:
-    y, dx, dw, experts = case.run(**config)
-    expected = case.expected(experts, tier)
-    excesses = {"y": expected.y.excess(y), "dx": expected.dx.excess(dx), "dw": expected.dw.excess(dw)}
-    assert max(excesses.values()) <= 1, excesses
 
 
 def random_shape(seed: int) -> tuple[int, int, int, int, int]:
@@ -109,12 +20,6 @@ def random_shape(seed: int) -> tuple[int, int, int, int, int]:
         return int(torch.randint(low, high + 1, (), generator=random))
 
     return draw(1, 90), draw(1, 5), draw(1, 9), draw(1, 150), draw(1, 300)
-
-
-@pytest.fixture(params=TIERS)
-def tier(request, monkeypatch):
-    monkeypatch.setenv("KT_SFT_ISA", request.param)
-    return request.param
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -167,8 +72,7 @@ def test_the_bound_sees_one_wrong_row(tier, matrix):
     gate_up, down = experts.dequantized()
     wrong = down[0] if matrix == "down" else gate_up[0].chunk(2)[("gate", "up").index(matrix)]
     wrong[5] = 0
-    bf16_operands = tier in ("avx512_bf16", "amx")
-    expected = moe_layer(case.x, case.idx, case.w, case.dy, gate_up, down, case.activation, bf16_operands=bf16_operands)
+    expected = moe_layer(case.x, case.idx, case.w, case.dy, gate_up, down, case.activation, tier=tier)
     assert max(expected.y.excess(y), expected.dx.excess(dx), expected.dw.excess(dw)) > 1
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kt_sft.engine.store import LayerStore
+from kt_sft.engine.store import LayerStore, formats, matrix_bytes
 
 E, H, I = 3, 10, 6
 
@@ -81,11 +81,91 @@ def test_sizes_and_formats_that_cannot_be():
         LayerStore(num_experts=0, hidden_size=H, intermediate_size=I, activation="silu")
     with pytest.raises(MemoryError):
         LayerStore(num_experts=2**24, hidden_size=2**24, intermediate_size=2**24, activation="silu")
-    with pytest.raises(ValueError, match="no format 'int4'"):
-        make_store(expert_format="int4")
+    with pytest.raises(ValueError, match="no format 'int3'; it has bf16, int8, int4, nf4, fp8, mxfp4"):
+        make_store(expert_format="int3")
+    for options, message in (
+        ({"expert_format": "bf16", "group_size": 32}, "group size of 32 is not possible with bf16: it has no scales"),
+        ({"expert_format": "int8", "group_size": 48}, "48 is not possible with int8: it is 0 .whole rows. or a power"),
+        ({"expert_format": "int4", "group_size": 16}, "16 is not possible with int4"),
+        ({"expert_format": "nf4", "group_size": 1 << 17}, "131072 is not possible with nf4"),
+        ({"expert_format": "fp8", "group_size": 64}, "64 is not possible with fp8: it is 128"),
+        ({"expert_format": "mxfp4", "group_size": 64}, "64 is not possible with mxfp4: it is 32"),
+        ({"expert_format": "int8", "zero_point": True}, "a zero point belongs to int4; int8 has none"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_store(**options)
 
 
-def test_memory_is_one_bf16_copy():
-    store = LayerStore(num_experts=8, hidden_size=256, intermediate_size=512, activation="silu")
-    weights = 8 * 3 * 256 * 512 * 2
-    assert weights <= store.nbytes <= 1.05 * weights
+#: Bits of a code and of what comes with each group, columns and rows of a group (0: the whole row).
+LAYOUTS = {
+    "bf16": (16, 0, 0, 1),
+    "int8": (8, 32, 0, 1),
+    "int4": (4, 16, 32, 1),
+    "nf4": (4, 16, 64, 1),
+    "fp8": (8, 32, 128, 128),
+    "mxfp4": (4, 8, 32, 1),
+}
+
+
+@pytest.mark.parametrize("expert_format", formats())
+def test_memory_is_one_copy_of_codes_and_scales(expert_format):
+    hidden, intermediate = 512, 256
+    bits, scale_bits, columns, rows = LAYOUTS[expert_format]
+
+    def expected(height, width):
+        return height * width * bits // 8 + height // rows * (width // (columns or width)) * scale_bits // 8
+
+    matrices = 2 * expected(intermediate, hidden) + expected(hidden, intermediate)
+    assert matrix_bytes(intermediate, hidden, expert_format, None, False) == expected(intermediate, hidden)
+    store = LayerStore(
+        num_experts=8,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        activation="silu",
+        expert_format=expert_format,
+    )
+    huge_page = 2 << 20  # large blocks are whole ones
+    assert 8 * matrices <= store.nbytes < 8 * matrices + huge_page
+
+
+def test_zero_points_take_a_byte_for_each_group():
+    plain = matrix_bytes(64, 256, "int4", 64, False)
+    assert matrix_bytes(64, 256, "int4", 64, True) == plain + 64 * (256 // 64)
+
+
+@pytest.mark.parametrize("expert_format", formats())
+def test_every_format_keeps_what_it_can_represent_and_says_how_far_off_it_is(expert_format):
+    """Codes x 1: values that the format has exactly, in every group; then values that it has not."""
+    torch.manual_seed(0)
+    values = {"bf16": torch.tensor([0.0, 1.5, -2.0]), "int8": torch.tensor([127.0, -1.0, 5.0, 0.0])}
+    values["int4"] = torch.tensor([-8.0, 7.0, 3.0, 0.0, -1.0])
+    values["nf4"] = torch.tensor([-1.0, 1.0, 0.0])
+    values["fp8"] = torch.tensor([448.0, -3.25, 0.0, 2.0**-9])
+    values["mxfp4"] = torch.tensor([6.0, -6.0, 0.5, 0.0, -3.0])
+    store = make_store(expert_format=expert_format)
+    some = values[expert_format]
+    weights = {m: some[torch.arange(store.shape(m)[0] * store.shape(m)[1]) % len(some)] for m in store.matrices}
+    for matrix, flat in weights.items():
+        for expert in range(E):
+            store.write(matrix, expert, flat.reshape(store.shape(matrix)))
+    gate_up, down = store.dequantized()
+    exact = torch.cat([weights["gate"].reshape(I, H), weights["up"].reshape(I, H)])
+    assert torch.equal(gate_up, exact.expand(E, -1, -1))
+    assert torch.equal(down, weights["down"].reshape(H, I).expand(E, -1, -1))
+    assert store.relative_error == 0
+
+    other = make_store(expert_format=expert_format)
+    squared_error = squared_values = 0.0
+    sources = {}
+    for matrix in other.matrices:
+        for expert in range(E):
+            sources[matrix, expert] = torch.randn(other.shape(matrix))
+            other.write(matrix, expert, sources[matrix, expert])
+    gate_up, down = other.dequantized()
+    for (matrix, expert), source in sources.items():
+        rows = down[expert] if matrix == "down" else gate_up[expert].chunk(2)[("gate", "up").index(matrix)]
+        squared_error += float((rows - source).double().square().sum())
+        squared_values += float(source.double().square().sum())
+    # Sums of squares of FP32 differences; the engine's may be of float32 terms.
+    assert other.relative_error == pytest.approx((squared_error / squared_values) ** 0.5, rel=1e-5)
+    assert other.relative_error > 0
