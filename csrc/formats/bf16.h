@@ -14,13 +14,9 @@ struct Bf16Format {
     return w.rows + row * w.row_stride + column * 2;
   }
 
-  // The stored row itself where it already holds the tier's elements, else null.
   template <class Ops>
-  static const typename Ops::Element* Elements([[maybe_unused]] const MatrixView& w, [[maybe_unused]] int64_t row) {
-    if constexpr (sizeof(typename Ops::Element) == sizeof(Bf16)) {
-      return reinterpret_cast<const typename Ops::Element*>(Address(w, row, 0));
-    }
-    return nullptr;
+  static constexpr bool InPlace() {
+    return sizeof(typename Ops::Element) == sizeof(Bf16);
   }
 
   template <class Ops, bool>

@@ -4,10 +4,10 @@
 // `group_rows` neighbouring rows. A decoder is a struct with
 //   static constexpr bool kScales;                                                  // whether the format has scales
 //   static const uint8_t* Address(const MatrixView&, int64_t row, int64_t column);  // where a weight's code is stored
-//   template <class Ops> static const typename Ops::Element* Elements(const MatrixView&, int64_t row);
+//   template <class Ops> static constexpr bool InPlace();  // whether stored rows are rows of the tier's elements
 //   template <class Ops, bool kScaled> static void DecodeRow(const MatrixView&, int64_t row, int64_t column,
 //                                                            int64_t count, typename Ops::Element* out);
-// Elements is the stored row itself where it needs no decoding on this tier, else null. DecodeRow turns `count` weights
+// DecodeRow turns `count` weights
 // of one row, from `column` on (a multiple of kLeastGroup), into the tier's element type: code x scale, or the bare
 // code, which every element type holds exactly. It is instantiated once per tier, with that tier's `Ops`, so it may use
 // the tier's vector operations.

@@ -30,8 +30,8 @@ struct ScaledFormat {
   static constexpr int64_t CodeBytes(int64_t columns) { return (columns * Codes::kBits + 7) / 8; }
 
   template <class Ops>
-  static const typename Ops::Element* Elements(const MatrixView&, int64_t) {
-    return nullptr;
+  static constexpr bool InPlace() {
+    return false;
   }
 
   template <class Ops, bool kScaled>

@@ -86,13 +86,42 @@ size_t Pass::ForwardWorkerBytes() const {
                                             RowStride(depth_step()) * kernels_.element_bytes));
 }
 
+// How the products of a task's rows are cut. For many tokens, a piece is all rows and so much of the depth that it and
+// its part of one panel stay in the first-level cache while panel after panel meets it. For few, it is one tile's rows
+// and as much more of the depth: read in long runs, which memory likes. Rows that need no decoding are read in full.
+struct Pass::Pieces {
+  const WeightRows* matrices;
+  int count;
+  bool by_depth;
+  int64_t rows, depth;               // of a piece
+  int64_t row_pieces, depth_pieces;  // of a matrix
+
+  int64_t size() const { return count * row_pieces * depth_pieces; }
+  struct Piece {
+    int matrix;
+    int64_t row, depth;  // the first
+    int64_t rows, depths;
+  };
+  Piece at(int64_t i) const {
+    const int64_t m = by_depth ? i % count : i / (row_pieces * depth_pieces);
+    const int64_t row = by_depth ? 0 : i / depth_pieces % row_pieces * rows;
+    const int64_t d = (by_depth ? i / count : i % depth_pieces) * depth;
+    return {static_cast<int>(m), row, d, Smaller(rows, matrices[0].rows - row),
+            Smaller(depth, matrices[0].columns - d)};
+  }
+};
+
+Pass::Pieces Pass::CutProducts(const WeightRows* matrices, int count, int64_t groups, bool in_place) const {
+  const bool by_depth = groups > kFewGroups;
+  const int64_t rows = by_depth ? task_rows() : kernels_.tile_rows, columns = matrices[0].columns;
+  const int64_t depth = by_depth ? depth_step() : in_place ? columns : depth_step() * kTilesPerTask;
+  return {matrices, count, by_depth, rows, depth, CeilDiv(matrices[0].rows, rows), CeilDiv(columns, depth)};
+}
+
 void Pass::MultiplyRows(const WeightRows* matrices, int count, const WeightRows* next, Format format,
                         const Panels& panels, const Chunk& chunk, size_t b, char* scratch) const {
   const RowBlock& block = chunk.routing.blocks[b];
-  const int64_t groups = CeilDiv(block.rows, width()), step = depth_step(), stride = RowStride(step);
-  const int64_t bytes = kernels_.element_bytes, scale_stride = CeilDiv(step, kLeastGroup);
-  float* const scales = ProductTile(scratch, 2, 0);
-  char* const decoded = reinterpret_cast<char*>(scales + task_rows() * scale_stride);
+  const int64_t groups = CeilDiv(block.rows, width()), bytes = kernels_.element_bytes;
   for (int m = 0; m < count; ++m) {
     if (matrices[m].bias == nullptr) continue;
     for (int64_t g = 0; g < groups; ++g) {
@@ -101,34 +130,44 @@ void Pass::MultiplyRows(const WeightRows* matrices, int count, const WeightRows*
       for (int r = 0; r < matrices[m].rows; ++r) std::fill_n(c + r * group.width, group.width, matrices[m].bias[r]);
     }
   }
-  const int64_t columns = matrices[0].columns;
-  for (int64_t d = 0; d < columns; d += step) {
-    const int64_t depth = Smaller(step, columns - d);
-    for (int m = 0; m < count; ++m) {
-      const WeightRows& w = matrices[m];
-      kernels_.decode_rows[static_cast<int>(format)](w.view, w.row, w.rows, d, depth, decoded, stride);
-      RowScales of_rows;
-      if (kernels_.scale_products && w.view.scale_type != ScaleType::kNone) {
-        const int64_t first = d / w.view.group, last = (d + depth - 1) / w.view.group;
-        for (int r = 0; r < w.rows; ++r) {
-          LoadScales(w.view, w.row + r, first, last - first + 1, scales + r * scale_stride);
-        }
-        of_rows = {scales, scale_stride, w.view.group};
+  const bool in_place = groups <= kFewGroups && kernels_.in_place[static_cast<int>(format)] &&
+                        matrices[0].view.row_stride % bytes == 0 && matrices[0].columns % kernels_.pair == 0;
+  const Pieces pieces = CutProducts(matrices, count, groups, in_place);
+  const int64_t scale_stride = CeilDiv(pieces.depth, kLeastGroup), stride = RowStride(pieces.depth);
+  float* const scales = ProductTile(scratch, 2, 0);
+  char* const decoded = reinterpret_cast<char*>(scales + pieces.rows * scale_stride);
+  for (int64_t i = 0; i < pieces.size(); ++i) {
+    const Pieces::Piece piece = pieces.at(i);
+    const WeightRows& w = matrices[piece.matrix];
+    const int64_t row = w.row + piece.row;
+    const char* a = reinterpret_cast<const char*>(w.view.rows + row * w.view.row_stride);
+    if (!in_place) {
+      a = decoded;
+      kernels_.decode_rows[static_cast<int>(format)](w.view, row, static_cast<int>(piece.rows), piece.depth,
+                                                     piece.depths, decoded, stride);
+    }
+    RowScales of_rows;
+    if (kernels_.scale_products && w.view.scale_type != ScaleType::kNone) {
+      const int64_t first = piece.depth / w.view.group, last = (piece.depth + piece.depths - 1) / w.view.group;
+      for (int64_t r = 0; r < piece.rows; ++r) {
+        LoadScales(w.view, row + r, first, last - first + 1, scales + r * scale_stride);
       }
-      const WeightRows* const then = m + 1 < count ? &matrices[m + 1] : d + step < columns ? matrices : next;
-      const int64_t then_d = m + 1 < count ? d : d + step < columns ? d + step : 0;
-      Ahead ahead;
-      if (then != nullptr) {
-        ahead = AheadOf(then->view, then->row, then->rows, then_d, Smaller(step, columns - then_d),
-                        groups * CeilDiv(w.rows, kernels_.tile_rows) * CeilDiv(depth, kernels_.pair));
-      }
-      for (int64_t g = 0; g < groups; ++g) {
-        const Group group = GroupOf(block, g);
-        float* const c = ProductTile(scratch, m, group.first);
-        const char* const panel = panels.Panel(b, group.first) + d * group.width * bytes;
-        kernels_.multiply(decoded, stride, w.rows, panel, group.width, depth, of_rows, c, group.width,
-                          w.bias != nullptr || d > 0, ahead);
-      }
+      of_rows = {scales, scale_stride, w.view.group};
+    }
+    Ahead ahead;
+    const bool last = i + 1 == pieces.size();
+    if (!last || next != nullptr) {
+      const Pieces::Piece then = pieces.at(last ? 0 : i + 1);
+      const WeightRows& of = (last ? next : matrices)[then.matrix];
+      ahead = AheadOf(of.view, of.row + then.row, Smaller(then.rows, of.rows), then.depth, then.depths,
+                      groups * CeilDiv(piece.rows, kernels_.tile_rows) * CeilDiv(piece.depths, kernels_.pair));
+    }
+    for (int64_t g = 0; g < groups; ++g) {
+      const Group group = GroupOf(block, g);
+      float* const c = ProductTile(scratch, piece.matrix, group.first) + piece.row * group.width;
+      const char* const panel = panels.Panel(b, group.first) + piece.depth * group.width * bytes;
+      kernels_.multiply(a, in_place ? w.view.row_stride / bytes : stride, piece.rows, panel, group.width, piece.depths,
+                        of_rows, c, group.width, w.bias != nullptr || piece.depth > 0, ahead);
     }
   }
   EndProducts();

@@ -52,6 +52,7 @@ class Pass {
   struct Chunk;
   struct Panels;
   struct WeightRows;
+  struct Pieces;
   struct WeightColumns;
   struct Group;
 
@@ -75,6 +76,8 @@ class Pass {
 
   Panels LayOutPanels(const Routing& routing, int64_t depth) const;
   Group GroupOf(const RowBlock& block, int64_t index) const;
+  Pieces CutProducts(const WeightRows* matrices, int count, int64_t groups, bool in_place) const;
+  static constexpr int64_t kFewGroups = 1;  // blocks of so many panels are of few tokens
   // Products of weight rows with all tokens of a block: matrix m's with the group whose first row is r are the FP32
   // tile [rows][group width] at ProductTile(c, m, r). `next` (one for each matrix, or null) is what will be multiplied
   // then.

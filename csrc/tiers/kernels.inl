@@ -103,6 +103,7 @@ struct Kernels {
 
   template <class Decoder>
   static constexpr void SetFormat(TierKernels& table, Format format) {
+    table.in_place[static_cast<int>(format)] = Decoder::template InPlace<Ops>();
     table.decode_rows[static_cast<int>(format)] = Operands<Ops>::template DecodeRows<Decoder>;
     table.decode_panels[static_cast<int>(format)] = Operands<Ops>::template DecodePanels<Decoder>;
     table.dot_rows[static_cast<int>(format)] = Product<Ops>::template DotRows<Decoder>;

@@ -80,15 +80,21 @@ struct Operands {
       const int count = static_cast<int>(Smaller(kChunk, columns - first));
       const int padded = static_cast<int>(RoundUp(count, kWidth));
       for (int r = 0; r < rows; r += kPair) {
+        const Element* source[kPair];
         for (int p = 0; p < kPair; ++p) {
           const int decoded = r + p < rows ? count : 0;
-          if (decoded > 0) Format::template DecodeRow<Ops, true>(w, row + r + p, column + first, decoded, chunk[p]);
           if (r + p + kAhead < rows) Prefetch<Format>(w, row + r + p + kAhead, column + first, count);
+          if constexpr (Format::template InPlace<Ops>()) {
+            source[p] = reinterpret_cast<const Element*>(Format::Address(w, row + r + p, column + first));
+            if (decoded == padded) continue;
+          }
+          source[p] = chunk[p];
+          if (decoded > 0) Format::template DecodeRow<Ops, true>(w, row + r + p, column + first, decoded, chunk[p]);
           Rows::ZeroElements(chunk[p] + decoded, padded - decoded);
         }
         Element* out = static_cast<Element*>(panels) + first / kWidth * panel_stride + static_cast<int64_t>(r) * kWidth;
         for (int c = 0; c < padded; c += kWidth, out += panel_stride) {
-          Ops::InterleaveRows(out, chunk[0] + c, chunk[kPair - 1] + c);
+          Ops::InterleaveRows(out, source[0] + c, source[kPair - 1] + c);
         }
       }
     }

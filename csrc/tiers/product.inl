@@ -229,14 +229,15 @@ struct Product {
   static void DotRows(const MatrixView& w, int64_t row, int rows, int64_t columns, const void* x, int64_t x_stride,
                       int tokens, float* c, int64_t c_stride) {
     const Element* const x_rows = static_cast<const Element*>(x);
-    if (Format::template Elements<Ops>(w, row) != nullptr) {
+    if constexpr (Format::template InPlace<Ops>()) {
       // A few tokens stay in L1 while the weights pass by, once from memory and then from L2.
       for (int t = 0; t < tokens; t += kDotTokens) {
         const int some = static_cast<int>(Smaller(kDotTokens, tokens - t));
         for (int r = 0; r < rows; r += kDotRows) {
           const int count = static_cast<int>(Smaller(kDotRows, rows - r));
           const Element* sources[kDotRows];
-          for (int i = 0; i < count; ++i) sources[i] = Format::template Elements<Ops>(w, row + r + i);
+          for (int i = 0; i < count; ++i)
+            sources[i] = reinterpret_cast<const Element*>(Format::Address(w, row + r + i, 0));
           DotPiece(sources, count, x_rows + t * x_stride, x_stride, some, columns, Scales(), c + t * c_stride + r,
                    c_stride, false);
         }

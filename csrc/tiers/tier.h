@@ -70,6 +70,9 @@ struct TierKernels {
   // FP32 and have them in already.
   bool scale_products;
 
+  // Whether stored rows are A rows as they stand.
+  bool in_place[kFormatCount];
+
   // Decodes weight rows [row, row + rows), columns [column, column + columns), as A rows: code x scale, or codes.
   void (*decode_rows[kFormatCount])(const MatrixView& w, int64_t row, int rows, int64_t column, int64_t columns,
                                     void* a, int64_t a_stride);
