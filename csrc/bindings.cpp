@@ -136,13 +136,15 @@ LayerCall MakeCall(const ExpertLayer& layer, int64_t tokens, int64_t slots, cons
 void BindLayer(py::module_& m) {
   py::class_<ExpertLayer>(m, "ExpertLayer")
       .def(py::init([](int64_t experts, int64_t hidden, int64_t intermediate, const std::string& activation, bool gated,
-                       const std::string& format, int64_t group, bool zero_point) {
-             return std::make_unique<ExpertLayer>(LayerShape{experts, hidden, intermediate,
-                                                             ActivationFromName(activation), gated,
-                                                             FormatFromName(format.c_str()), group, zero_point});
+                       const std::string& format, int64_t group, bool zero_point, const std::vector<int>& nodes) {
+             auto layer =
+                 std::make_unique<ExpertLayer>(LayerShape{experts, hidden, intermediate, ActivationFromName(activation),
+                                                          gated, FormatFromName(format.c_str()), group, zero_point});
+             layer->PlaceOnNodes(nodes);
+             return layer;
            }),
            py::kw_only(), py::arg("experts"), py::arg("hidden"), py::arg("intermediate"), py::arg("activation"),
-           py::arg("gated"), py::arg("format"), py::arg("group"), py::arg("zero_point"))
+           py::arg("gated"), py::arg("format"), py::arg("group"), py::arg("zero_point"), py::arg("nodes"))
       .def_property_readonly("nbytes", &ExpertLayer::bytes)
       .def_property_readonly("error",
                              [](const ExpertLayer& layer) {

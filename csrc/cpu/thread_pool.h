@@ -5,6 +5,7 @@
 // of its own, so results do not depend on it.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -42,6 +43,8 @@ class ThreadPool {
   int threads() const { return threads_; }
   int nodes() const { return static_cast<int>(node_cpus_.size()); }
   int NodeOf(int worker) const;
+  // How far the tasks that a worker takes mostly lie apart.
+  int TaskStride() const { return std::max(1, threads_ / nodes()); }
   // Workers that sleep now.
   int sleepers() const { return sleepers_.load(); }
 

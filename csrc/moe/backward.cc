@@ -117,12 +117,12 @@ void Pass::DownBackward(const Chunk& chunk, const char* grad, int64_t grad_strid
                          Smaller(kPanelColumns, shape.intermediate - i)};
   };
 
-  pool_.Run(tasks, [&](int64_t task, int worker) {
+  RunOnBlocks(chunk, tasks_per_block, [&](int64_t task, int worker) {
     const RowBlock& block = chunk.routing.blocks[static_cast<size_t>(task / tasks_per_block)];
     const WeightColumns weights = columns_of(task);
     const int64_t i = weights.column, columns = weights.columns;
-    const bool more = task + pool_.threads() < tasks;  // most likely this worker's next
-    const WeightColumns next = more ? columns_of(task + pool_.threads()) : WeightColumns{};
+    const bool more = task + pool_.TaskStride() < tasks;  // most likely this worker's next
+    const WeightColumns next = more ? columns_of(task + pool_.TaskStride()) : WeightColumns{};
     float* const u = reinterpret_cast<float*>(Worker(worker));
     char* const panels = reinterpret_cast<char*>(u + Routing::kBlockRows * u_stride);
     MultiplyColumns(weights, more ? &next : nullptr, shape.format, block.rows, grad + block.first * grad_stride * bytes,
@@ -158,11 +158,11 @@ void Pass::GateUpBackward(const Chunk& chunk, const char* d_pre, float* out_rows
                          shape.intermediate, h, Smaller(kPanelColumns, shape.hidden - h)};
   };
 
-  pool_.Run(tasks, [&](int64_t task, int worker) {
+  RunOnBlocks(chunk, tasks_per_block, [&](int64_t task, int worker) {
     const RowBlock& block = chunk.routing.blocks[static_cast<size_t>(task / tasks_per_block)];
     for (int64_t part = 0; part < parts; ++part) {
       const WeightColumns weights = columns_of(task, part);
-      const int64_t next_task = part + 1 < parts ? task : task + pool_.threads();  // most likely this worker's
+      const int64_t next_task = part + 1 < parts ? task : task + pool_.TaskStride();  // most likely this worker's
       const bool more = next_task < tasks;
       const WeightColumns next = more ? columns_of(next_task, (part + 1) % parts) : WeightColumns{};
       MultiplyColumns(weights, more ? &next : nullptr, shape.format, block.rows,
@@ -177,7 +177,7 @@ void Pass::CombineWeightsGrad(const Chunk& chunk, const float* inner) {
   const int64_t terms = CeilDiv(chunk.shape.intermediate, kPanelColumns);
   float* const out = chunk.call.weights_grad + chunk.first_token * routing.slots;
   std::fill_n(out, routing.tokens * routing.slots, 0.0f);
-  pool_.Run(static_cast<int64_t>(routing.blocks.size()), [&](int64_t task, int) {
+  RunOnBlocks(chunk, 1, [&](int64_t task, int) {
     const RowBlock& block = routing.blocks[static_cast<size_t>(task)];
     const float* const bias = chunk.call.layer->down_bias(block.expert);
     for (int64_t row = block.first; row < block.first + block.rows; ++row) {

@@ -54,7 +54,7 @@ void Pass::GateUp(const Chunk& chunk, const Panels& x, const Panels* act) {
     if (shape.gated) *gate = at(Matrix::kGate, layer.gate_bias(expert));
   };
 
-  pool_.Run(tasks, [&](int64_t task, int worker) {
+  RunOnBlocks(chunk, tasks_per_block, [&](int64_t task, int worker) {
     const size_t b = static_cast<size_t>(task / tasks_per_block);
     const RowBlock& block = chunk.routing.blocks[b];
     WeightRows weights[2], next[2];
@@ -63,8 +63,8 @@ void Pass::GateUp(const Chunk& chunk, const Panels& x, const Panels* act) {
     const int rows = weights[0].rows;
     char* const scratch = Worker(worker);
     if (Few(block)) return GateUpFew(chunk, x, act, b, i, rows, reinterpret_cast<float*>(scratch));
-    const bool more = task + pool_.threads() < tasks;  // most likely this worker's next
-    if (more) rows_of(task + pool_.threads(), &next[0], &next[1]);
+    const bool more = task + pool_.TaskStride() < tasks;  // most likely this worker's next
+    if (more) rows_of(task + pool_.TaskStride(), &next[0], &next[1]);
     MultiplyRows(weights, shape.gated ? 2 : 1, more ? next : nullptr, shape.format, x, chunk, b, scratch);
     for (int64_t g = 0; g * width() < block.rows; ++g) {
       const Group group = GroupOf(block, g);
@@ -90,7 +90,8 @@ void Pass::GateUpFew(const Chunk& chunk, const Panels& x, const Panels* act, siz
   const int64_t pre_columns = chunk.pre_columns();
   const auto dot = kernels_.dot_rows[static_cast<int>(shape.format)];
   const auto product = [&](Matrix matrix, const float* bias, float* out) {
-    dot(layer.view(matrix, block.expert), i, rows, shape.hidden, x.Row(b, 0), x.row_stride, tokens, out, rows);
+    dot(layer.view(matrix, block.expert), i, rows, shape.hidden, x.Row(b, 0), x.row_stride, tokens, block.expert_rows,
+        out, rows);
     if (bias != nullptr) AddBias(bias + i, tokens, rows, out, rows);
   };
   float* const up = c;
@@ -125,7 +126,7 @@ void Pass::Down(const Chunk& chunk, const Panels& act, float* out_rows) {
                       shape.intermediate, bias == nullptr ? nullptr : bias + h};
   };
 
-  pool_.Run(tasks, [&](int64_t task, int worker) {
+  RunOnBlocks(chunk, tasks_per_block, [&](int64_t task, int worker) {
     const size_t b = static_cast<size_t>(task / tasks_per_block);
     const RowBlock& block = chunk.routing.blocks[b];
     const WeightRows weights = rows_of(task);
@@ -133,12 +134,13 @@ void Pass::Down(const Chunk& chunk, const Panels& act, float* out_rows) {
     if (Few(block)) {
       const int tokens = static_cast<int>(block.rows);
       kernels_.dot_rows[static_cast<int>(shape.format)](weights.view, weights.row, weights.rows, shape.intermediate,
-                                                        act.Row(b, 0), act.row_stride, tokens, block_out, out_stride);
+                                                        act.Row(b, 0), act.row_stride, tokens, block.expert_rows,
+                                                        block_out, out_stride);
       if (weights.bias != nullptr) AddBias(weights.bias, tokens, weights.rows, block_out, out_stride);
       return;
     }
-    const bool more = task + pool_.threads() < tasks;  // most likely this worker's next
-    const WeightRows next = more ? rows_of(task + pool_.threads()) : WeightRows{};
+    const bool more = task + pool_.TaskStride() < tasks;  // most likely this worker's next
+    const WeightRows next = more ? rows_of(task + pool_.TaskStride()) : WeightRows{};
     MultiplyRows(&weights, 1, more ? &next : nullptr, shape.format, act, chunk, b, Worker(worker));
     for (int64_t g = 0; g * width() < block.rows; ++g) {
       const Group group = GroupOf(block, g);

@@ -42,6 +42,11 @@ class ExpertLayer {
   // Reserves memory for the weights; throws std::invalid_argument for sizes that make no sense.
   explicit ExpertLayer(const LayerShape& shape);
 
+  // Before anything is stored: expert e's memory is to lie on NUMA node nodes[e * nodes.size() / E], where the tasks
+  // that read it are queued (BlocksOfNodes). Whole experts, because forward reads ranges of rows and backward ranges of
+  // columns, and both find an expert's matrices near; and because parts of a matrix may be smaller than a huge page.
+  void PlaceOnNodes(const std::vector<int>& nodes) { block_.PlaceOnNodes(nodes); }
+
   const LayerShape& shape() const { return shape_; }
   size_t bytes() const { return block_.size(); }
   int64_t rows(Matrix matrix) const { return matrix == Matrix::kDown ? shape_.hidden : shape_.intermediate; }

@@ -74,6 +74,10 @@ class Pass {
   void GateUpBackward(const Chunk& chunk, const char* d_pre, float* out_rows, int64_t out_stride);
   void CombineWeightsGrad(const Chunk& chunk, const float* inner);
 
+  // Runs `tasks_per_block` tasks for each block, on the node where its expert's weights lie.
+  template <class Function>
+  void RunOnBlocks(const Chunk& chunk, int64_t tasks_per_block, const Function& function);
+
   Panels LayOutPanels(const Routing& routing, int64_t depth) const;
   Group GroupOf(const RowBlock& block, int64_t index) const;
   Pieces CutProducts(const WeightRows* matrices, int count, int64_t groups, bool in_place) const;

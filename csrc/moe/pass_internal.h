@@ -67,4 +67,11 @@ struct Pass::Group {
   int width;
 };
 
+template <class Function>
+void Pass::RunOnBlocks(const Chunk& chunk, int64_t tasks_per_block, const Function& function) {
+  std::vector<int64_t> ends = BlocksOfNodes(chunk.routing, chunk.shape.experts, pool_.nodes());
+  for (int64_t& end : ends) end *= tasks_per_block;
+  pool_.Run(ends, function);
+}
+
 }  // namespace kt

@@ -43,4 +43,16 @@ Routing SortByExpert(const int64_t* experts, const float* weights, int64_t token
   return routing;
 }
 
+std::vector<int64_t> BlocksOfNodes(const Routing& routing, int64_t expert_count, int nodes) {
+  std::vector<int64_t> ends;
+  for (int64_t node = 0; node < nodes; ++node) {
+    // Expert e is on node e * nodes / expert_count, rounded down.
+    const auto end = std::partition_point(routing.blocks.begin(), routing.blocks.end(), [&](const RowBlock& block) {
+      return block.expert * nodes / expert_count <= node;
+    });
+    ends.push_back(end - routing.blocks.begin());
+  }
+  return ends;
+}
+
 }  // namespace kt

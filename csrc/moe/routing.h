@@ -31,6 +31,11 @@ struct Routing {
 // [0, E]; E is the sentinel for "no expert" and gets no row. `weights` is [T, K].
 Routing SortByExpert(const int64_t* experts, const float* weights, int64_t tokens, int64_t slots, int64_t expert_count);
 
+// Which blocks belong to which of `nodes` NUMA nodes: node n's end before block of[n] and are those of the experts that
+// lie there (ExpertLayer::PlaceOnNodes). Experts are shared out evenly and in order; what the load makes of it is
+// evened out by workers that help other nodes.
+std::vector<int64_t> BlocksOfNodes(const Routing& routing, int64_t expert_count, int nodes);
+
 // How many of `count` slots each expert has, the sentinel's last. Throws std::out_of_range for an index outside [0, E].
 std::vector<int64_t> CountRows(const int64_t* experts, int64_t count, int64_t expert_count);
 

@@ -40,6 +40,21 @@ TEST(NothingRoutedGivesNoBlocks) {
   CHECK(SortByExpert(nullptr, nullptr, 0, 2, 4).blocks.empty());
 }
 
+TEST(BlocksBelongToTheirExpertsNode) {
+  // Expert 1 has two blocks, 0, 3 and 4 one each, 2 none.
+  std::vector<int64_t> experts = {0, 3, 4};
+  experts.insert(experts.end(), static_cast<size_t>(Routing::kBlockRows) + 1, 1);
+  const std::vector<float> weights(experts.size(), 1.0F);
+  const Routing routing = SortByExpert(experts.data(), weights.data(), static_cast<int64_t>(experts.size()), 1, 5);
+  CHECK(routing.blocks.size() == 5);
+  CHECK(BlocksOfNodes(routing, 5, 1) == std::vector<int64_t>{5});
+  CHECK(BlocksOfNodes(routing, 5, 2) == (std::vector<int64_t>{3, 5}));           // experts 0-2 and 3-4
+  CHECK(BlocksOfNodes(routing, 5, 3) == (std::vector<int64_t>{3, 4, 5}));        // 0-1, 2-3, 4
+  CHECK(BlocksOfNodes(routing, 5, 5) == (std::vector<int64_t>{1, 3, 3, 4, 5}));  // nothing for expert 2
+  CHECK(BlocksOfNodes(routing, 5, 7).back() == 5);                               // more nodes than experts
+  CHECK(BlocksOfNodes(Routing(), 5, 2) == (std::vector<int64_t>{0, 0}));
+}
+
 TEST(IndicesOutOfRangeAreRefused) {
   const float weight = 1.0F;
   for (const int64_t bad : {int64_t{-1}, int64_t{5}}) {

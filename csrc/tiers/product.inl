@@ -227,7 +227,7 @@ struct Product {
 
   template <class Format>
   static void DotRows(const MatrixView& w, int64_t row, int rows, int64_t columns, const void* x, int64_t x_stride,
-                      int tokens, float* c, int64_t c_stride) {
+                      int tokens, int64_t expert_rows, float* c, int64_t c_stride) {
     const Element* const x_rows = static_cast<const Element*>(x);
     if constexpr (Format::template InPlace<Ops>()) {
       // A few tokens stay in L1 while the weights pass by, once from memory and then from L2.
@@ -245,7 +245,7 @@ struct Product {
       return;
     }
     if constexpr (Format::kScales) {
-      if (tokens <= kStreamTokens && w.zeros == nullptr) {
+      if (expert_rows <= kStreamTokens && w.zeros == nullptr) {
         return StreamRows<Format, kStreamTokens>(w, row, rows, columns, x_rows, x_stride, tokens, c, c_stride);
       }
     }

@@ -84,9 +84,10 @@ struct TierKernels {
                                       void* panels, int64_t panel_stride);
 
   // c[t][r] = <weight row `row` + r, x row t>: for few tokens, straight from the stored rows. `x` holds `tokens` rows
-  // of elements, `x_stride` elements apart; c is FP32, `c_stride` values from token to token.
+  // of elements, `x_stride` elements apart; c is FP32, `c_stride` values from token to token. `expert_rows` is how many
+  // the whole call has for this expert: it may decide in which order sums are formed, `tokens` may not.
   void (*dot_rows[kFormatCount])(const MatrixView& w, int64_t row, int rows, int64_t columns, const void* x,
-                                 int64_t x_stride, int tokens, float* c, int64_t c_stride);
+                                 int64_t x_stride, int tokens, int64_t expert_rows, float* c, int64_t c_stride);
 
   // Converts a row of `count` values to elements, padded with zeros up to a multiple of `pair`.
   void (*pack_row)(const void* row, DType type, int64_t count, void* a);

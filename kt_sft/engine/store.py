@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kt_sft.engine import _native  # type: ignore[attr-defined]
+from kt_sft.engine.cpus import engine_nodes
 
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu2", "swiglu_oai")
 MATRICES = ("gate", "up", "down")
@@ -96,6 +97,7 @@ class LayerStore:
             format=expert_format,
             group=_native_group(group_size),
             zero_point=zero_point,
+            nodes=engine_nodes(),
         )
         self.set_biases(gate_up_bias, down_bias)
 
