@@ -76,7 +76,11 @@ static inline void LoadScales(const MatrixView& w, int64_t row, int64_t first, i
       std::memcpy(out, from, static_cast<size_t>(count) * sizeof(float));
       return;
     case ScaleType::kBf16:
-      for (int64_t i = 0; i < count; ++i) out[i] = LoadAsFloat(from, DType::kBf16, i);
+      for (int64_t i = 0; i < count; ++i) {
+        uint16_t bits;
+        std::memcpy(&bits, from + 2 * i, sizeof(bits));
+        out[i] = FloatFromBf16(bits);
+      }
       return;
     case ScaleType::kF16:
       for (int64_t i = 0; i < count; ++i) out[i] = LoadAsFloat(from, DType::kF16, i);

@@ -35,6 +35,13 @@ struct FourBitCodes {
   static typename Ops::Step Bare(const uint8_t* codes) {
     return Ops::LookUpStep(kValues, codes);
   }
+  template <class Ops>
+  static void StorePair(typename Ops::F even, typename Ops::F odd, float* out) {
+    typename Ops::F first, second;
+    Ops::Interleave(even, odd, &first, &second);
+    Ops::Store(out, first);
+    Ops::Store(out + Ops::kLanes, second);
+  }
 };
 
 // A template argument must have linkage of some kind; these names have it within their unit only.

@@ -22,6 +22,11 @@ struct Fp8Codes {
   static typename Ops::Step Bare(const uint8_t* codes) {
     return Ops::Halves(Ops::FromFp8(codes), Ops::FromFp8(codes + Ops::kLanes));
   }
+  template <class Ops>
+  static void StorePair(typename Ops::F first, typename Ops::F second, float* out) {
+    Ops::Store(out, first);
+    Ops::Store(out + Ops::kLanes, second);
+  }
 };
 
 using Fp8Format = ScaledFormat<Fp8Codes>;

@@ -21,6 +21,11 @@ struct Int8Codes {
   static typename Ops::Step Bare(const uint8_t* codes) {
     return Ops::Halves(Ops::FromInt8(codes), Ops::FromInt8(codes + Ops::kLanes));
   }
+  template <class Ops>
+  static void StorePair(typename Ops::F first, typename Ops::F second, float* out) {
+    Ops::Store(out, first);
+    Ops::Store(out + Ops::kLanes, second);
+  }
 };
 
 using Int8Format = ScaledFormat<Int8Codes>;

@@ -80,6 +80,15 @@ struct Operands {
       const int count = static_cast<int>(Smaller(kChunk, columns - first));
       const int padded = static_cast<int>(RoundUp(count, kWidth));
       for (int r = 0; r < rows; r += kPair) {
+        Element* out = static_cast<Element*>(panels) + first / kWidth * panel_stride + static_cast<int64_t>(r) * kWidth;
+        if constexpr (Format::kScales && kPair == 2) {
+          if (count == padded && r + 1 < rows) {
+            for (int p = 0; p < kPair && r + p + kAhead < rows; ++p)
+              Prefetch<Format>(w, row + r + p + kAhead, column + first, count);
+            Format::template DecodePair<Ops>(w, row + r, column + first, count, out, panel_stride);
+            continue;
+          }
+        }
         const Element* source[kPair];
         for (int p = 0; p < kPair; ++p) {
           const int decoded = r + p < rows ? count : 0;
@@ -92,7 +101,6 @@ struct Operands {
           if (decoded > 0) Format::template DecodeRow<Ops, true>(w, row + r + p, column + first, decoded, chunk[p]);
           Rows::ZeroElements(chunk[p] + decoded, padded - decoded);
         }
-        Element* out = static_cast<Element*>(panels) + first / kWidth * panel_stride + static_cast<int64_t>(r) * kWidth;
         for (int c = 0; c < padded; c += kWidth, out += panel_stride) {
           Ops::InterleaveRows(out, source[0] + c, source[kPair - 1] + c);
         }

@@ -102,24 +102,31 @@ struct Product {
     }
   }
 
-  // Full tiles first, then the largest remainder that fits: every row count takes few passes over the panel.
   template <int kRows, int kVectors>
+  static void TileOf(int64_t rows, const Element* a, int64_t a_stride, const Element* b, int64_t steps,
+                     const Scales& scales, float* c, int64_t c_stride, bool accumulate, Ahead& ahead) {
+    if (rows == kRows) return Tile<kRows, kVectors>(a, a_stride, b, steps, scales, c, c_stride, accumulate, ahead);
+    if constexpr (kRows > 1)
+      TileOf<kRows - 1, kVectors>(rows, a, a_stride, b, steps, scales, c, c_stride, accumulate, ahead);
+  }
+
+  // As few tiles as possible, and as even: a low tile has too few sums to keep the multipliers busy.
+  template <int kVectors>
   static void Rows(const Element* a, int64_t a_stride, int64_t rows, const Element* b, int64_t steps, Scales scales,
                    float* c, int64_t c_stride, bool accumulate, Ahead& ahead) {
-    for (; rows >= kRows; rows -= kRows, a += kRows * a_stride, c += kRows * c_stride) {
-      Tile<kRows, kVectors>(a, a_stride, b, steps, scales, c, c_stride, accumulate, ahead);
-      if (scales.values != nullptr) scales = scales.FromRow(kRows);
+    for (int64_t tiles = CeilDiv(rows, Ops::kTileRows); tiles > 0; --tiles) {
+      const int64_t some = CeilDiv(rows, tiles);
+      TileOf<Ops::kTileRows, kVectors>(some, a, a_stride, b, steps, scales, c, c_stride, accumulate, ahead);
+      rows -= some, a += some * a_stride, c += some * c_stride;
+      if (scales.values != nullptr) scales = scales.FromRow(static_cast<int>(some));
     }
-    if constexpr (kRows > 1)
-      Rows<kRows - 1, kVectors>(a, a_stride, rows, b, steps, scales, c, c_stride, accumulate, ahead);
   }
 
   template <int kVectors>
   static void MultiplyWidth(int vectors, const Element* a, int64_t a_stride, int64_t rows, const Element* b,
                             int64_t steps, const Scales& scales, float* c, int64_t c_stride, bool accumulate,
                             Ahead& ahead) {
-    if (vectors == kVectors)
-      return Rows<Ops::kTileRows, kVectors>(a, a_stride, rows, b, steps, scales, c, c_stride, accumulate, ahead);
+    if (vectors == kVectors) return Rows<kVectors>(a, a_stride, rows, b, steps, scales, c, c_stride, accumulate, ahead);
     if constexpr (kVectors > 1)
       MultiplyWidth<kVectors - 1>(vectors, a, a_stride, rows, b, steps, scales, c, c_stride, accumulate, ahead);
   }
