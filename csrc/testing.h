@@ -1,4 +1,4 @@
-// A minimal test harness: TEST registers a function, CHECK reports a failure and goes on, main runs all.
+// A minimal test harness: TEST registers a function, CHECK reports a failure and goes on, testing.cc runs all.
 #pragma once
 
 #include <cstdio>
@@ -23,6 +23,12 @@ inline std::vector<Case>& Cases() {
 inline int& Failures() {
   static int failures = 0;
   return failures;
+}
+
+// Whether fewer and smaller cases shall do: emulators are hundreds of times slower than what they emulate.
+inline bool& Quick() {
+  static bool quick = false;
+  return quick;
 }
 
 struct Registration {
@@ -68,12 +74,3 @@ inline std::vector<Bf16> ToBf16(const std::vector<float>& values) {
     }                                                                                  \
     kt::testing::Check(thrown, __FILE__, __LINE__, #expression " throws " #exception); \
   } while (false)
-
-int main() {
-  for (const kt::testing::Case& test : kt::testing::Cases()) {
-    const int before = kt::testing::Failures();
-    test.run();
-    std::printf("%s %s\n", kt::testing::Failures() == before ? "ok    " : "FAILED", test.name);
-  }
-  return kt::testing::Failures() == 0 ? 0 : 1;
-}
