@@ -130,8 +130,8 @@ void Pass::MultiplyRows(const WeightRows* matrices, int count, const WeightRows*
       for (int r = 0; r < matrices[m].rows; ++r) std::fill_n(c + r * group.width, group.width, matrices[m].bias[r]);
     }
   }
-  const bool in_place = groups <= kFewGroups && kernels_.in_place[static_cast<int>(format)] &&
-                        matrices[0].view.row_stride % bytes == 0 && matrices[0].columns % kernels_.pair == 0;
+  const bool in_place = kernels_.in_place[static_cast<int>(format)] && matrices[0].view.row_stride % bytes == 0 &&
+                        matrices[0].columns % kernels_.pair == 0;
   const Pieces pieces = CutProducts(matrices, count, groups, in_place);
   const int64_t scale_stride = CeilDiv(pieces.depth, kLeastGroup), stride = RowStride(pieces.depth);
   float* const scales = ProductTile(scratch, 2, 0);
