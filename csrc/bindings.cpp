@@ -81,6 +81,12 @@ Matrix MatrixFromName(const std::string& name) {
   throw std::invalid_argument("matrix must be gate, up or down, got " + name);
 }
 
+Compute ComputeFromName(const std::string& name) {
+  if (name == "bf16") return Compute::kBf16;
+  if (name == "int8") return Compute::kInt8;
+  throw std::invalid_argument("compute must be bf16 or int8, got " + name);
+}
+
 Tier LimitFrom(const std::optional<std::string>& name) {
   return name ? TierFromName(*name) : static_cast<Tier>(kTierCount - 1);
 }
@@ -119,8 +125,10 @@ py::array_t<uint16_t> TakeBf16(const Engine& engine, int64_t rows, int64_t colum
 }
 
 LayerCall MakeCall(const ExpertLayer& layer, int64_t tokens, int64_t slots, const std::string& dtype, uintptr_t hidden,
-                   uintptr_t experts, uintptr_t weights, uintptr_t retained, int64_t scratch_bytes) {
+                   uintptr_t experts, uintptr_t weights, uintptr_t retained, int64_t scratch_bytes,
+                   const std::string& compute) {
   LayerCall call;
+  call.compute = ComputeFromName(compute);
   call.layer = &layer;
   call.tokens = tokens;
   call.slots = slots;
@@ -202,28 +210,31 @@ void BindEngine(py::module_& m) {
           "submit_forward",
           [](Engine& engine, const ExpertLayer& layer, int64_t tokens, int64_t slots, const std::string& dtype,
              uintptr_t hidden, uintptr_t experts, uintptr_t weights, uintptr_t retained, int64_t scratch_bytes,
-             uintptr_t output, py::object held) {
-            LayerCall call = MakeCall(layer, tokens, slots, dtype, hidden, experts, weights, retained, scratch_bytes);
+             const std::string& compute, uintptr_t output, py::object held) {
+            LayerCall call =
+                MakeCall(layer, tokens, slots, dtype, hidden, experts, weights, retained, scratch_bytes, compute);
             call.output = Pointer<void>(output);
             return std::make_unique<HeldTicket>(engine.SubmitForward(call), std::move(held));
           },
           py::kw_only(), py::arg("layer"), py::arg("tokens"), py::arg("slots"), py::arg("dtype"), py::arg("hidden"),
-          py::arg("experts"), py::arg("weights"), py::arg("retained"), py::arg("scratch_bytes"), py::arg("output"),
-          py::arg("held"))
+          py::arg("experts"), py::arg("weights"), py::arg("retained"), py::arg("scratch_bytes"), py::arg("compute"),
+          py::arg("output"), py::arg("held"))
       .def(
           "submit_backward",
           [](Engine& engine, const ExpertLayer& layer, int64_t tokens, int64_t slots, const std::string& dtype,
              uintptr_t hidden, uintptr_t experts, uintptr_t weights, uintptr_t retained, int64_t scratch_bytes,
-             uintptr_t output_grad, uintptr_t hidden_grad, uintptr_t weights_grad, py::object held) {
-            LayerCall call = MakeCall(layer, tokens, slots, dtype, hidden, experts, weights, retained, scratch_bytes);
+             const std::string& compute, uintptr_t output_grad, uintptr_t hidden_grad, uintptr_t weights_grad,
+             py::object held) {
+            LayerCall call =
+                MakeCall(layer, tokens, slots, dtype, hidden, experts, weights, retained, scratch_bytes, compute);
             call.output_grad = Pointer<void>(output_grad);
             call.hidden_grad = Pointer<void>(hidden_grad);
             call.weights_grad = Pointer<float>(weights_grad);
             return std::make_unique<HeldTicket>(engine.SubmitBackward(call), std::move(held));
           },
           py::kw_only(), py::arg("layer"), py::arg("tokens"), py::arg("slots"), py::arg("dtype"), py::arg("hidden"),
-          py::arg("experts"), py::arg("weights"), py::arg("retained"), py::arg("scratch_bytes"), py::arg("output_grad"),
-          py::arg("hidden_grad"), py::arg("weights_grad"), py::arg("held"))
+          py::arg("experts"), py::arg("weights"), py::arg("retained"), py::arg("scratch_bytes"), py::arg("compute"),
+          py::arg("output_grad"), py::arg("hidden_grad"), py::arg("weights_grad"), py::arg("held"))
       .def("stats",
            [](const Engine& engine) {
              const EngineStats stats = engine.stats();

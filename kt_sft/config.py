@@ -31,6 +31,8 @@ MOST_GROUP = 65536
 MOST_THREADS = 1024
 
 COMPUTE_TYPES = ("bf16", "int8")
+#: The formats that compute "int8" multiplies.
+INTEGER_FORMATS = ("int8", "int4")
 ACTIVATION_POLICIES = ("retain", "recompute")
 
 
@@ -48,7 +50,9 @@ class KTConfig(QuantizationConfigMixin):
         group_size: Weights that share a scale along the contraction dimension. None: the format's own default;
             0: one scale per row.
         zero_point: Asymmetric int4.
-        compute: What the forward products multiply, "bf16" or "int8".
+        compute: What the forward products multiply: "bf16", or "int8" for int8 and int4 experts. The latter rounds
+            tokens to 8 bits, with a scale for each token and group of at most 256 columns: faster, but rounded.
+            Few tokens for an expert, which wait for memory anyway, and backward are computed as with "bf16".
         num_threads: Engine threads. None: the CPUs this process may use, divided among the processes of this machine.
         activation_policy: "retain" keeps the experts' gate and up activations for backward (2·S·I·2 bytes a layer,
             S routed rows, I expert intermediate size), "recompute" computes them again there.
@@ -137,8 +141,11 @@ class KTConfig(QuantizationConfigMixin):
             raise ConfigError(f"kt_sft: {name} must be at most {most}, got {value}")
 
     def _check_available(self) -> None:
-        if self.compute != "bf16":
-            raise ConfigError("kt_sft: compute 'int8' is not available in this version; use bf16")
+        if self.compute == "int8" and self.stored_format not in INTEGER_FORMATS:
+            raise ConfigError(
+                f"kt_sft: compute 'int8' needs expert_format {' or '.join(INTEGER_FORMATS)}, whose codes are integers; "
+                f"use bf16 for {self.stored_format} experts"
+            )
         if self.zero_point and self.stored_format != "int4":
             raise ConfigError(
                 f"kt_sft: zero_point applies to expert_format int4 only; leave it out for {self.stored_format} experts"

@@ -76,6 +76,7 @@ class _Submit(torch.autograd.Function):
             weights=tensors.w_TK.data_ptr(),
             retained=_address(tensors.pre_SI),
             scratch_bytes=link.experts.config.scratch_mb << 20,
+            compute=link.experts.config.compute,
             output=tensors.y_TH.data_ptr(),
             held=(tensors, link.experts.store.native),
         )
@@ -139,6 +140,7 @@ class _Await(torch.autograd.Function):
             weights=w_TK.data_ptr(),
             retained=_address(pre_SI),
             scratch_bytes=link.experts.config.scratch_mb << 20,
+            compute=link.experts.config.compute,
             output_grad=dy_TH.data_ptr(),
             hidden_grad=_address(dx_TH),
             weights_grad=_address(dw_TK),

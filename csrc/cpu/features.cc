@@ -69,7 +69,8 @@ struct Features {
     const bool foundation = Bit(leaf7.ebx, 16), dq = Bit(leaf7.ebx, 17), bw = Bit(leaf7.ebx, 30),
                vl = Bit(leaf7.ebx, 31);
     avx512 = avx2 && (states & kAvx512States) == kAvx512States && foundation && dq && bw && vl;
-    avx512_bf16 = avx512 && Bit(leaf7_1.eax, 5);
+    const bool vnni = Bit(leaf7.ecx, 11);  // every CPU with BF16 products has it; a hypervisor may hide it
+    avx512_bf16 = avx512 && vnni && Bit(leaf7_1.eax, 5);
     const bool tile = Bit(leaf7.edx, 24), tile_bf16 = Bit(leaf7.edx, 22), tile_int8 = Bit(leaf7.edx, 25);
     amx = avx512_bf16 && (states & kTileStates) == kTileStates && tile && tile_bf16 && tile_int8 && HasTilePalette();
   }

@@ -29,7 +29,7 @@ void Pass::BackwardChunk(const Chunk& given) {
   const int64_t backward_worker = kPanelRows * panel_columns * bytes + Routing::kBlockRows * (panel_columns + 16) * 4;
   const size_t worker_bytes = std::max(ForwardWorkerBytes(), static_cast<size_t>(backward_worker));
 
-  Panels x = LayOutPanels(chunk.routing, shape.hidden);
+  Panels x = LayOutPanels(chunk, Matrix::kUp);
   const bool recompute = chunk.retained == nullptr;
   const int64_t retained_bytes = recompute ? rows * chunk.pre_columns() * 2 : 0;
   // Used one after the other: hidden panels (to recompute), rows of dL/dy, rows of dL/dx.

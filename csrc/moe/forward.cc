@@ -18,20 +18,23 @@ void AddBias(const float* bias, int tokens, int rows, float* c, int64_t stride) 
 }  // namespace
 
 void Pass::ForwardChunk(const Chunk& chunk) {
-  Panels x = LayOutPanels(chunk.routing, chunk.shape.hidden);
-  Panels act = LayOutPanels(chunk.routing, chunk.shape.intermediate);
+  Panels x = LayOutPanels(chunk, Matrix::kUp);
+  Panels act = LayOutPanels(chunk, Matrix::kDown);
+  const int64_t unpacked_bytes = act.token_group > 0 ? chunk.routing.rows() * act.row_stride * act.element_bytes : 0;
   const size_t worker_bytes = ForwardWorkerBytes();
   // The rows to combine take the place of the hidden panels, which nobody needs any more by then.
   const size_t shared_bytes =
       static_cast<size_t>(std::max(x.bytes(), chunk.routing.rows() * ResultStride(chunk.shape.hidden) * 4));
   arena_.Reset(Arena::Measure(shared_bytes) + Arena::Measure(static_cast<size_t>(act.bytes())) +
-               MeasureWorkers(worker_bytes) + 64);
+               Arena::Measure(static_cast<size_t>(unpacked_bytes)) + MeasureWorkers(worker_bytes) + 64);
   x.data = arena_.Take<char>(static_cast<int64_t>(shared_bytes));
   act.data = arena_.Take<char>(act.bytes());
+  if (act.token_group > 0) act.unpacked = arena_.Take<char>(unpacked_bytes);
   TakeWorkers(worker_bytes);
 
   PackHidden(chunk, x);
   GateUp(chunk, x, &act);
+  if (act.unpacked != nullptr) PackActivations(chunk, act);
   float* const rows = reinterpret_cast<float*>(x.data);
   Down(chunk, act, rows);
   CombineRows(chunk, rows, ResultStride(chunk.shape.hidden), true, chunk.call.output);
@@ -70,7 +73,9 @@ void Pass::GateUp(const Chunk& chunk, const Panels& x, const Panels* act) {
       const Group group = GroupOf(block, g);
       const float* const up = ProductTile(scratch, 0, group.first);
       const float* const gate = shape.gated ? ProductTile(scratch, 1, group.first) : nullptr;
-      if (act != nullptr) {
+      if (act != nullptr && act->unpacked != nullptr) {
+        ActivateToRows(chunk, *act, b, group, i, rows, gate, up, scratch);
+      } else if (act != nullptr) {
         activate(gate, up, rows, group.width, act->Panel(b, group.first) + i * group.width * kernels_.element_bytes);
       }
       if (chunk.retained == nullptr) continue;

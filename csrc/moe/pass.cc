@@ -1,6 +1,7 @@
 // The frame of both passes: chunks of tokens, layout of panels, and the stages that forward and backward share.
 #include <algorithm>
 #include <stdexcept>
+#include <string>
 
 #include "moe/pass_internal.h"
 
@@ -48,11 +49,20 @@ void Pass::ForEachChunk(const LayerCall& call, const Function& function) {
   }
 }
 
+void Pass::Check(const LayerCall& call) const {
+  const Format format = call.layer->shape().format;
+  if (call.compute == Compute::kInt8 && kernels_.decode_int8_rows[static_cast<int>(format)] == nullptr) {
+    throw std::invalid_argument(std::string("kt_sft engine: there are no integer products with ") + FormatName(format));
+  }
+}
+
 void Pass::Forward(const LayerCall& call) {
+  Check(call);
   ForEachChunk(call, [this](const Chunk& chunk) { ForwardChunk(chunk); });
 }
 
 void Pass::Backward(const LayerCall& call) {
+  Check(call);
   ForEachChunk(call, [this](const Chunk& chunk) { BackwardChunk(chunk); });
 }
 
@@ -61,9 +71,15 @@ void Pass::TakeWorkers(size_t bytes) {
   workers_ = arena_.Take<char>(static_cast<int64_t>(pool_.threads() * worker_bytes_));
 }
 
-Pass::Panels Pass::LayOutPanels(const Routing& routing, int64_t depth) const {
+Pass::Panels Pass::LayOutPanels(const Chunk& chunk, Matrix matrix) const {
+  const Routing& routing = chunk.routing;
+  const int64_t depth = chunk.call.layer->columns(matrix);
   Panels panels;
   panels.depth = Padded(depth);
+  if (chunk.call.compute == Compute::kInt8) {
+    panels.token_group = TokenGroup(chunk.call.layer->view(matrix, 0));
+    panels.depth = TokenBytes(depth, panels.token_group) / kernels_.element_bytes;
+  }
   panels.row_stride = RowStride(depth);
   panels.element_bytes = kernels_.element_bytes;
   for (const RowBlock& block : routing.blocks) {
@@ -81,7 +97,7 @@ Pass::Group Pass::GroupOf(const RowBlock& block, int64_t index) const {
 }
 
 size_t Pass::ForwardWorkerBytes() const {
-  const int64_t products = 2 * Routing::kBlockRows, scales = CeilDiv(depth_step(), kLeastGroup);
+  const int64_t products = 2 * Routing::kBlockRows, scales = CeilDiv(depth_step(true), kLeastGroup);
   return static_cast<size_t>(task_rows() * ((products + scales) * static_cast<int64_t>(sizeof(float)) +
                                             RowStride(depth_step()) * kernels_.element_bytes));
 }
@@ -111,10 +127,10 @@ struct Pass::Pieces {
   }
 };
 
-Pass::Pieces Pass::CutProducts(const WeightRows* matrices, int count, int64_t groups, bool in_place) const {
+Pass::Pieces Pass::CutProducts(const WeightRows* matrices, int count, int64_t groups, bool in_place, bool int8) const {
   const bool by_depth = groups > kFewGroups;
   const int64_t rows = by_depth ? task_rows() : kernels_.tile_rows, columns = matrices[0].columns;
-  const int64_t depth = by_depth ? depth_step() : in_place ? columns : depth_step() * kTilesPerTask;
+  const int64_t step = depth_step(int8), depth = by_depth ? step : in_place ? columns : step * kTilesPerTask;
   return {matrices, count, by_depth, rows, depth, CeilDiv(matrices[0].rows, rows), CeilDiv(columns, depth)};
 }
 
@@ -130,24 +146,29 @@ void Pass::MultiplyRows(const WeightRows* matrices, int count, const WeightRows*
       for (int r = 0; r < matrices[m].rows; ++r) std::fill_n(c + r * group.width, group.width, matrices[m].bias[r]);
     }
   }
-  const bool in_place = kernels_.in_place[static_cast<int>(format)] && matrices[0].view.row_stride % bytes == 0 &&
-                        matrices[0].columns % kernels_.pair == 0;
-  const Pieces pieces = CutProducts(matrices, count, groups, in_place);
+  const int64_t token_group = panels.token_group;  // 0: products are not of integers
+  const bool in_place = token_group == 0 && kernels_.in_place[static_cast<int>(format)] &&
+                        matrices[0].view.row_stride % bytes == 0 && matrices[0].columns % kernels_.pair == 0;
+  const Pieces pieces = CutProducts(matrices, count, groups, in_place, token_group > 0);
   const int64_t scale_stride = CeilDiv(pieces.depth, kLeastGroup), stride = RowStride(pieces.depth);
   float* const scales = ProductTile(scratch, 2, 0);
   char* const decoded = reinterpret_cast<char*>(scales + pieces.rows * scale_stride);
+  uint8_t* const codes = reinterpret_cast<uint8_t*>(decoded);
   for (int64_t i = 0; i < pieces.size(); ++i) {
     const Pieces::Piece piece = pieces.at(i);
     const WeightRows& w = matrices[piece.matrix];
     const int64_t row = w.row + piece.row;
     const char* a = reinterpret_cast<const char*>(w.view.rows + row * w.view.row_stride);
-    if (!in_place) {
+    if (token_group > 0) {
+      kernels_.decode_int8_rows[static_cast<int>(format)](w.view, row, static_cast<int>(piece.rows), piece.depth,
+                                                          piece.depths, codes, stride);
+    } else if (!in_place) {
       a = decoded;
       kernels_.decode_rows[static_cast<int>(format)](w.view, row, static_cast<int>(piece.rows), piece.depth,
                                                      piece.depths, decoded, stride);
     }
     RowScales of_rows;
-    if (kernels_.scale_products && w.view.scale_type != ScaleType::kNone) {
+    if ((kernels_.scale_products || token_group > 0) && w.view.scale_type != ScaleType::kNone) {
       const int64_t first = piece.depth / w.view.group, last = (piece.depth + piece.depths - 1) / w.view.group;
       for (int64_t r = 0; r < piece.rows; ++r) {
         LoadScales(w.view, row + r, first, last - first + 1, scales + r * scale_stride);
@@ -160,44 +181,42 @@ void Pass::MultiplyRows(const WeightRows* matrices, int count, const WeightRows*
       const Pieces::Piece then = pieces.at(last ? 0 : i + 1);
       const WeightRows& of = (last ? next : matrices)[then.matrix];
       ahead = AheadOf(of.view, of.row + then.row, Smaller(then.rows, of.rows), then.depth, then.depths,
-                      groups * CeilDiv(piece.rows, kernels_.tile_rows) * CeilDiv(piece.depths, kernels_.pair));
+                      groups * CeilDiv(piece.rows, kernels_.tile_rows) *
+                          CeilDiv(piece.depths, token_group > 0 ? kQuad : kernels_.pair));
     }
+    const bool accumulate = w.bias != nullptr || piece.depth > 0;
     for (int64_t g = 0; g < groups; ++g) {
       const Group group = GroupOf(block, g);
       float* const c = ProductTile(scratch, piece.matrix, group.first) + piece.row * group.width;
-      const char* const panel = panels.Panel(b, group.first) + piece.depth * group.width * bytes;
+      const char* panel = panels.Panel(b, group.first);
+      if (token_group > 0) {
+        kernels_.multiply_int8(codes, stride, piece.rows, panel + TokenBytes(piece.depth, token_group) * group.width,
+                               group.width, piece.depths, token_group, of_rows, c, group.width, accumulate, ahead);
+        continue;
+      }
+      panel += piece.depth * group.width * bytes;
       kernels_.multiply(a, in_place ? w.view.row_stride / bytes : stride, piece.rows, panel, group.width, piece.depths,
-                        of_rows, c, group.width, w.bias != nullptr || piece.depth > 0, ahead);
+                        of_rows, c, group.width, accumulate, ahead);
     }
   }
   EndProducts();
 }
 
 void Pass::PackHidden(const Chunk& chunk, const Panels& x) {
-  struct Task {
-    size_t block;
-    int64_t group;
-  };
-  std::vector<Task> tasks;
-  for (size_t b = 0; b < chunk.routing.blocks.size(); ++b) {
-    for (int64_t g = 0; g * width() < chunk.routing.blocks[b].rows; ++g) tasks.push_back({b, g});
-  }
-  constexpr int kWidest = 64;
-  if (width() > kWidest) throw std::logic_error("kt_sft engine: a tier's panels are wider than 64 columns");
-  pool_.Run(static_cast<int64_t>(tasks.size()), [&](int64_t t, int) {
-    const size_t b = tasks[static_cast<size_t>(t)].block;
+  const DType type = chunk.call.type;
+  const int64_t hidden = chunk.shape.hidden;
+  ForEachGroup(chunk, [&](size_t b, const Group& group) {
     const RowBlock& block = chunk.routing.blocks[b];
-    const Group group = GroupOf(block, tasks[static_cast<size_t>(t)].group);
     const int64_t* const tokens = chunk.routing.token_of.data() + block.first + group.first;
-    const void* rows[kWidest];
+    const void* rows[kWidestPanel];
     for (int i = 0; i < group.rows; ++i) rows[i] = chunk.TokenRow(chunk.call.hidden, tokens[i]);
     if (Few(block)) {
-      for (int i = 0; i < group.rows; ++i) {
-        kernels_.pack_row(rows[i], chunk.call.type, chunk.shape.hidden, x.Row(b, group.first + i));
-      }
-      return;
+      for (int i = 0; i < group.rows; ++i) kernels_.pack_row(rows[i], type, hidden, x.Row(b, group.first + i));
+    } else if (x.token_group > 0) {
+      kernels_.pack_int8_panel(rows, type, group.rows, group.width, hidden, x.token_group, x.Panel(b, group.first));
+    } else {
+      kernels_.pack_panel(rows, type, group.rows, group.width, hidden, x.Panel(b, group.first));
     }
-    kernels_.pack_panel(rows, chunk.call.type, group.rows, group.width, chunk.shape.hidden, x.Panel(b, group.first));
   });
 }
 

@@ -16,9 +16,15 @@
 
 namespace kt {
 
+// What forward's products multiply. kInt8 (formats int8 and int4) quantises tokens on the way, a scale for every
+// token and group of columns: an approximation. Backward multiplies BF16 (or FP32) in either case, but computes
+// pre-activations again as forward did, to the same bits.
+enum class Compute { kBf16, kInt8 };
+
 struct LayerCall {
   const ExpertLayer* layer = nullptr;
   int64_t tokens = 0, slots = 0;
+  Compute compute = Compute::kBf16;
   DType type = DType::kF32;          // of hidden, output and their gradients
   const void* hidden = nullptr;      // [T, H]
   const int64_t* experts = nullptr;  // [T, K]
@@ -59,7 +65,11 @@ class Pass {
   int64_t TokensAtOnce(const LayerCall& call) const;
   template <class Function>
   void ForEachChunk(const LayerCall& call, const Function& function);
+  // function(block, group) for every panel, as tasks of the pool.
+  template <class Function>
+  void ForEachGroup(const Chunk& chunk, const Function& function);
 
+  void Check(const LayerCall& call) const;  // throws std::invalid_argument for what is not possible
   void ForwardChunk(const Chunk& chunk);
   void BackwardChunk(const Chunk& chunk);
 
@@ -78,15 +88,23 @@ class Pass {
   template <class Function>
   void RunOnBlocks(const Chunk& chunk, int64_t tasks_per_block, const Function& function);
 
-  Panels LayOutPanels(const Routing& routing, int64_t depth) const;
+  // For the products with a matrix.
+  Panels LayOutPanels(const Chunk& chunk, Matrix matrix) const;
   Group GroupOf(const RowBlock& block, int64_t index) const;
-  Pieces CutProducts(const WeightRows* matrices, int count, int64_t groups, bool in_place) const;
+  Pieces CutProducts(const WeightRows* matrices, int count, int64_t groups, bool in_place, bool int8) const;
   static constexpr int64_t kFewGroups = 1;  // blocks of so many panels are of few tokens
   // Products of weight rows with all tokens of a block: matrix m's with the group whose first row is r are the FP32
   // tile [rows][group width] at ProductTile(c, m, r). `next` (one for each matrix, or null) is what will be multiplied
   // then.
   void MultiplyRows(const WeightRows* matrices, int count, const WeightRows* next, Format format, const Panels& panels,
                     const Chunk& chunk, size_t block, char* scratch) const;
+  // What products of integers need besides (int8.cc).
+  void ActivateToRows(const Chunk& chunk, const Panels& act, size_t block, const Group& group, int64_t i, int rows,
+                      const float* gate, const float* up, char* scratch) const;
+  void PackActivations(const Chunk& chunk, const Panels& act);
+  static int64_t TokenGroup(const MatrixView& view);
+  // Of a token's first `depth` values (a multiple of the group, or all), with their scales.
+  static int64_t TokenBytes(int64_t depth, int64_t token_group);
   float* ProductTile(char* scratch, int matrix, int64_t row) const {
     return reinterpret_cast<float*>(scratch) + (matrix * Routing::kBlockRows + row) * task_rows();
   }
@@ -110,7 +128,9 @@ class Pass {
 
   // Products are cut along the depth so that a task's decoded rows and what one panel contributes both stay in L1.
   static constexpr int64_t kPanelChunkBytes = 16384;
-  int64_t depth_step() const { return kPanelChunkBytes / (width() * kernels_.element_bytes); }
+  int64_t depth_step(bool int8 = false) const {
+    return kPanelChunkBytes / (width() * (int8 ? 1 : kernels_.element_bytes));
+  }
   size_t ForwardWorkerBytes() const;
 
   // Every worker has one piece of the arena of its own.
@@ -118,6 +138,7 @@ class Pass {
   void TakeWorkers(size_t bytes);
   char* Worker(int worker) const { return workers_ + worker * worker_bytes_; }
 
+  static constexpr int kWidestPanel = 64;
   int64_t width() const { return int64_t{kernels_.lanes} * kernels_.tile_vectors; }
   int64_t Padded(int64_t depth) const { return RoundUp(depth, kernels_.pair); }
   // Elements from one A row to the next: a cache line more than the row, so that rows a power of two long do not share

@@ -26,17 +26,20 @@ struct Pass::Chunk {
 
 // The B operand of routed rows, block after block. Most blocks are cut into groups of the tier's panel width: the panel
 // of the group whose first row is r starts at Panel(block, r) and is as wide as its rows need, in whole vectors. Blocks
-// of few rows hold plain rows instead.
+// of few rows hold plain rows instead. Where products are of integers, `depth` is the room of a token with its scales.
 struct Pass::Panels {
   char* data = nullptr;
   int64_t depth = 0;       // padded
   int64_t row_stride = 0;  // of plain rows
   int64_t element_bytes = 0;
+  int64_t token_group = 0;     // of integer products, else 0
+  char* unpacked = nullptr;    // plain rows of all blocks that are yet to be packed, or null
   std::vector<int64_t> first;  // element at which each block starts
   int64_t elements = 0;        // in all
 
   int64_t bytes() const { return elements * element_bytes; }
   char* Panel(size_t block, int64_t row) const { return data + (first[block] + row * depth) * element_bytes; }
+  char* Unpacked(int64_t row) const { return unpacked + row * row_stride * element_bytes; }
   char* Row(size_t block, int64_t row) const { return data + (first[block] + row * row_stride) * element_bytes; }
 };
 
@@ -66,6 +69,23 @@ struct Pass::Group {
   int rows;
   int width;
 };
+
+template <class Function>
+void Pass::ForEachGroup(const Chunk& chunk, const Function& function) {
+  struct Task {
+    size_t block;
+    int64_t group;
+  };
+  std::vector<Task> tasks;
+  for (size_t b = 0; b < chunk.routing.blocks.size(); ++b) {
+    for (int64_t g = 0; g * width() < chunk.routing.blocks[b].rows; ++g) tasks.push_back({b, g});
+  }
+  if (width() > kWidestPanel) throw std::logic_error("kt_sft engine: a tier's panels are wider than 64 columns");
+  pool_.Run(static_cast<int64_t>(tasks.size()), [&](int64_t t, int) {
+    const Task& task = tasks[static_cast<size_t>(t)];
+    function(task.block, GroupOf(chunk.routing.blocks[task.block], task.group));
+  });
+}
 
 template <class Function>
 void Pass::RunOnBlocks(const Chunk& chunk, int64_t tasks_per_block, const Function& function) {

@@ -91,6 +91,39 @@ struct Avx2Vectors {
     *second = _mm256_permute2f128_ps(low, high, 0x31);
   }
 
+  // ---- integers ----
+
+  using I = __m256i;
+  // The even and the odd bytes of every 16 bits, widened to them.
+  struct Bytes {
+    __m256i even, odd;
+  };
+  static constexpr int kInt8Rows = 4;
+  static void KeepInts(I& x) { asm volatile("" : "+x"(x)); }
+  static I LoadInts(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+  static void StoreInts(void* p, I x) { _mm256_storeu_si256(static_cast<__m256i*>(p), x); }
+  static F ToFloat(I x) { return _mm256_cvtepi32_ps(x); }
+  static I ToInts(F x) { return _mm256_cvtps_epi32(x); }
+  static void StoreInt8(F x, int8_t* out) {
+    const __m256i whole = _mm256_cvtps_epi32(x);
+    const __m128i half = _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(out), _mm_packs_epi16(half, half));
+  }
+  static Bytes LoadTokens(const void* p) {
+    const __m256i both = LoadInts(p);
+    return {_mm256_srai_epi16(_mm256_slli_epi16(both, 8), 8), _mm256_srai_epi16(both, 8)};
+  }
+  static Bytes BroadcastWeights(const void* p) {
+    int32_t quad;
+    std::memcpy(&quad, p, sizeof(quad));
+    const __m256i both = _mm256_set1_epi32(quad);
+    return {_mm256_and_si256(both, _mm256_set1_epi16(255)), _mm256_srli_epi16(both, 8)};
+  }
+  static I AddProducts(I sum, Bytes weights, Bytes tokens) {
+    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(weights.even, tokens.even));
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(weights.odd, tokens.odd));
+  }
+
   static void Transpose(F* v) {
     F t[8];
     for (int i = 0; i < 8; i += 4) {

@@ -23,6 +23,16 @@ struct Avx512Bf16Ops : Avx512Vectors {
     return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
   }
 
+  // One VNNI instruction multiplies and adds quads, without saturating.
+  using Bytes = __m512i;
+  static Bytes LoadTokens(const void* p) { return _mm512_loadu_si512(p); }
+  static Bytes BroadcastWeights(const void* p) {
+    int32_t quad;
+    std::memcpy(&quad, p, sizeof(quad));
+    return _mm512_set1_epi32(quad);
+  }
+  static I AddProducts(I sum, Bytes weights, Bytes tokens) { return _mm512_dpbusd_epi32(sum, weights, tokens); }
+
   // One instruction rounds to nearest even; denormals become zero, as in the products.
   static __m256i RoundToBf16(F x) { return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x)); }
   static void StoreBf16(Element* p, F x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), RoundToBf16(x)); }

@@ -86,6 +86,37 @@ struct Avx512Vectors {
     *second = _mm512_permutex2var_ps(even, high, odd);
   }
 
+  // ---- integers ----
+
+  using I = __m512i;
+  // The even and the odd bytes of every 16 bits, widened to them.
+  struct Bytes {
+    __m512i even, odd;
+  };
+  static constexpr int kInt8Rows = 12;
+  static void KeepInts(I& x) { asm volatile("" : "+v"(x)); }
+  static I LoadInts(const void* p) { return _mm512_loadu_si512(p); }
+  static void StoreInts(void* p, I x) { _mm512_storeu_si512(p, x); }
+  static F ToFloat(I x) { return _mm512_cvtepi32_ps(x); }
+  static I ToInts(F x) { return _mm512_cvtps_epi32(x); }
+  static void StoreInt8(F x, int8_t* out) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x)));
+  }
+  static Bytes LoadTokens(const void* p) {
+    const __m512i both = _mm512_loadu_si512(p);
+    return {_mm512_srai_epi16(_mm512_slli_epi16(both, 8), 8), _mm512_srai_epi16(both, 8)};
+  }
+  static Bytes BroadcastWeights(const void* p) {
+    int32_t quad;
+    std::memcpy(&quad, p, sizeof(quad));
+    const __m512i both = _mm512_set1_epi32(quad);
+    return {_mm512_and_si512(both, _mm512_set1_epi16(255)), _mm512_srli_epi16(both, 8)};
+  }
+  static I AddProducts(I sum, Bytes weights, Bytes tokens) {
+    sum = _mm512_add_epi32(sum, _mm512_madd_epi16(weights.even, tokens.even));
+    return _mm512_add_epi32(sum, _mm512_madd_epi16(weights.odd, tokens.odd));
+  }
+
   static void Transpose(F* v) {
     // 16 x 16 in four rounds: 4 x 4 blocks of single values, then blocks of four lanes.
     F t[16];

@@ -14,6 +14,7 @@
 //  - FromInt8(codes), FromFp8(codes): kLanes codes to F; LookUp(16 values, codes, F* even, F* odd): 2 kLanes codes
 //  - Step, 2 kLanes elements in a row as 2 / kPair Panels: Halves(F, F), Interleaved(F even, F odd),
 //  LookUpStep(16 values, codes), StoreStep(Step, out)
+//  - what int8_product.inl lists
 //  - PackBf16(F even, F odd): lane i holds the BF16 values even[i], odd[i]; Transpose(F[kLanes]); Keep(F&)
 #pragma once
 
@@ -21,6 +22,7 @@
 #include "formats/four_bit.h"
 #include "formats/fp8.h"
 #include "formats/int8.h"
+#include "tiers/int8_product.inl"
 #include "tiers/operands.inl"
 #include "tiers/product.inl"
 #include "tiers/results.inl"
@@ -83,6 +85,10 @@ struct Kernels {
     table.pack_row = Operands<Ops>::PackRow;
     table.pack_panel = Operands<Ops>::PackPanel;
     table.multiply = Product<Ops>::Multiply;
+    table.decode_int8_rows[static_cast<int>(Format::kInt8)] = Int8Product<Ops>::DecodeInt8;
+    table.decode_int8_rows[static_cast<int>(Format::kInt4)] = Int8Product<Ops>::DecodeInt4;
+    table.pack_int8_panel = Int8Product<Ops>::PackPanel;
+    table.multiply_int8 = Int8Product<Ops>::MultiplyAll;
     SetActivation<Gated<Ops, Silu>>(table, 1, Activation::kSilu);
     SetActivation<Gated<Ops, Gelu>>(table, 1, Activation::kGelu);
     SetActivation<Gated<Ops, GeluTanh>>(table, 1, Activation::kGeluTanh);
@@ -97,6 +103,7 @@ struct Kernels {
     table.combine = Results<Ops>::Combine;
     table.dot = Results<Ops>::DotOf;
     table.register_products = RegisterProducts;
+    table.register_int8_products = Int8Product<Ops>::RegisterProducts;
     table.read_sum = ReadSum;
     return table;
   }

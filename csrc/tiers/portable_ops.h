@@ -71,6 +71,40 @@ struct PortableVectors {
     for (int i = 0; i < kLanes; ++i) p[i] = kt::F16FromFloat(x[i]);
   }
 
+  // ---- integers ----
+
+  using Bytes = I;
+  static constexpr int kInt8Rows = 4;
+  static void KeepInts(I& x) {
+    F bits;
+    std::memcpy(&bits, &x, sizeof(x));
+    Keep(bits);
+    std::memcpy(&x, &bits, sizeof(x));
+  }
+  static I LoadInts(const void* p) {
+    I x;
+    std::memcpy(&x, p, sizeof(x));
+    return x;
+  }
+  static void StoreInts(void* p, I x) { std::memcpy(p, &x, sizeof(x)); }
+  static F ToFloat(I x) { return __builtin_convertvector(x, F); }
+  static I ToInts(F x) { return __builtin_convertvector(x, I); }
+  static void StoreInt8(F x, int8_t* out) {
+    for (int i = 0; i < kLanes; ++i) out[i] = static_cast<int8_t>(x[i]);
+  }
+  static Bytes LoadTokens(const void* p) { return LoadInts(p); }
+  static Bytes BroadcastWeights(const void* p) {
+    int32_t quad;
+    std::memcpy(&quad, p, sizeof(quad));
+    return I{quad, quad, quad, quad};
+  }
+  static I AddProducts(I sum, Bytes weights, Bytes tokens) {
+    sum += (weights & 255) * ((tokens << 24) >> 24);
+    sum += ((weights >> 8) & 255) * ((tokens << 16) >> 24);
+    sum += ((weights >> 16) & 255) * ((tokens << 8) >> 24);
+    return sum + ((weights >> 24) & 255) * (tokens >> 24);
+  }
+
   static F PackBf16(F even, F odd) {
     return Each([&](int i) {
       return kt::FloatFromBits(kt::Bf16FromFloat(even[i]) | static_cast<uint32_t>(kt::Bf16FromFloat(odd[i])) << 16);

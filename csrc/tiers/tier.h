@@ -15,6 +15,16 @@
 
 namespace kt {
 
+// Products of integers have operands of their own: codes of `kQuad` neighbouring depth values are multiplied at once.
+//   A  weights: row-major bytes code + kWeightOffset (from 1 to 255), depth padded to a multiple of kQuad;
+//   B  tokens: group after group of the depth, `token_group` columns each (the last may be short), float scale[width],
+//      int32_t start[width], int8_t codes[padded group / kQuad][width][kQuad]. A token's codes go from -127 to 127,
+//      its start is -kWeightOffset x their sum, which takes the weights' offset out again.
+// A group's sums are exact, and exact in FP32, too.
+constexpr int64_t kQuad = 4, kTokenHeader = 8;  // bytes of a token's scale and start
+constexpr int kWeightOffset = 128;
+constexpr int64_t kMostTokenGroup = 256;
+
 enum class Activation { kSilu, kGelu, kGeluTanh, kRelu2, kSwigluOai };
 constexpr int kActivationCount = 5;
 
@@ -101,6 +111,16 @@ struct TierKernels {
   void (*multiply)(const void* a, int64_t a_stride, int64_t rows, const void* panel, int width, int64_t depth,
                    const RowScales& scales, float* c, int64_t c_stride, bool accumulate, Ahead& ahead);
 
+  // The products of integers, as above, for formats whose codes are integers; null for the others. `scales.group` is a
+  // multiple of `token_group`, or as long as the depth; `token_group` is a multiple of kQuad.
+  void (*decode_int8_rows[kFormatCount])(const MatrixView& w, int64_t row, int rows, int64_t column, int64_t columns,
+                                         uint8_t* a, int64_t a_stride);
+  void (*pack_int8_panel)(const void* const* rows, DType type, int tokens, int width, int64_t count,
+                          int64_t token_group, void* panel);
+  void (*multiply_int8)(const uint8_t* a, int64_t a_stride, int64_t rows, const void* panel, int width, int64_t depth,
+                        int64_t token_group, const RowScales& scales, float* c, int64_t c_stride, bool accumulate,
+                        Ahead& ahead);
+
   // Gives up what products leave configured in the calling thread, for its next product to set up again; null where
   // there is nothing. To be called before the thread does other things.
   void (*end_products)();
@@ -124,6 +144,7 @@ struct TierKernels {
   // For measuring the machine: the product's multiply-adds on registers alone (returns how many FLOPs it did), and the
   // sum of `count` values (a multiple of 64), which reads memory as fast as this tier's loads can.
   double (*register_products)(int64_t steps);
+  double (*register_int8_products)(int64_t steps);
   float (*read_sum)(const float* values, int64_t count);
 };
 

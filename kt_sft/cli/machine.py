@@ -21,7 +21,7 @@ TIER_FLAGS: dict[str, tuple[str, ...]] = {
     "portable": (),
     "avx2": ("avx2", "fma", "f16c"),
     "avx512": ("avx2", "fma", "f16c", "avx512f", "avx512dq", "avx512bw", "avx512vl"),
-    "avx512_bf16": ("avx512f", "avx512dq", "avx512bw", "avx512vl", "avx512_bf16"),
+    "avx512_bf16": ("avx512f", "avx512dq", "avx512bw", "avx512vl", "avx512_bf16", "avx512_vnni"),
     "amx": ("avx512_bf16", "amx_tile", "amx_bf16", "amx_int8"),
 }
 

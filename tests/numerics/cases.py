@@ -59,6 +59,10 @@ class Case:
     def expected(self, experts: kt_sft.CpuExperts, tier: str, expert_format: str | None = None) -> LayerResult:
         """What `experts` (or the same weights in another format) may give on a tier."""
         gate_up, down = experts.dequantized()
+        int8_group = None
+        if experts.config.compute == "int8":
+            default = {"int8": 0, "int4": 32}[experts.config.stored_format]
+            int8_group = default if experts.config.group_size is None else experts.config.group_size
         return moe_layer(
             self.x,
             self.idx,
@@ -71,6 +75,7 @@ class Case:
             expert_format=expert_format or experts.config.stored_format,
             gate_up_bias=self.gate_up_bias,
             down_bias=self.down_bias,
+            int8_group=int8_group,
         )
 
 

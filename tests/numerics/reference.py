@@ -15,6 +15,11 @@ The bound is a first-order error analysis, term by term:
   (1 + |x|)² (exp within 2^-22 relative, a handful of roundings of values up to x²).
 * Activations, dgate and dup are rounded to operands once: relative u.
 * Backward reads gate and up rounded to BF16 (relative 2^-8), on every tier.
+* With integer products (compute "int8") forward multiplies the stored codes by tokens rounded to 8 bits: each value is
+  off by at most half a step, the largest magnitude of its group of columns / 254 (and the step's own rounding, and
+  1e-36: smaller groups become zeros), for hidden states in place of their rounding to operands, for activations on top
+  of it. Groups are the weights' own, of at most 256 columns. Blocks of few rows are rounded to BF16 instead, which is
+  less: 2^-8 of a value is below 1/254 of the largest. Sums of codes are exact, scaling them is what the sums cover.
 * The result is rounded to its dtype once.
 
 Products of two errors are left out term by term and covered by SECOND_ORDER: with u = 2^-8 and less than ten factors
@@ -33,6 +38,9 @@ from torch import Tensor
 BF16_TIERS = ("avx512_bf16", "amx")
 #: Formats whose weights, code x scale, are BF16 values.
 EXACT_IN_BF16 = ("bf16", "mxfp4")
+
+#: Columns of a token that share a scale at most, where products are of integers.
+MOST_TOKEN_GROUP = 256
 
 SECOND_ORDER = 1.1
 FLOAT_ROUNDING = 2.0**-24
@@ -101,10 +109,12 @@ def moe_layer(
     expert_format: str = "bf16",
     gate_up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
+    int8_group: int | None = None,
 ) -> LayerResult:
     """The layer and its gradients, with bounds for a tier and a format.
 
     `gate_up` [E, 2I, H] ([E, I, H] ungated) and `down` [E, H, I] are the weights as stored, dequantised.
+    `int8_group` is the weights' group_size (0: whole rows) where products are of integers.
     """
     hidden = x_TH.shape[1]
     experts, _, intermediate = down.shape
@@ -128,13 +138,17 @@ def moe_layer(
         if gate_up_bias is not None:
             biases = list(gate_up_bias[e].double().chunk(len(weights)))
         pre = [xe @ m.T + b for m, b in zip(weights, biases, strict=True)]
+        x_steps = torch.zeros_like(xe) if int8_group is None else _half_steps(xe, int8_group)
         pre_error = [
-            (xe.abs() @ m.T.abs()) * (u_in + sum_h) + b.abs() * sum_h for m, b in zip(weights, biases, strict=True)
+            (xe.abs() * (u_in + sum_h) + x_steps) @ m.T.abs() + b.abs() * sum_h
+            for m, b in zip(weights, biases, strict=True)
         ]
 
         act, act_error, _, _, _, _ = _activate(f, slope_bound, curvature_bound, activation, pre, pre_error)
         bias = torch.zeros(hidden, dtype=torch.float64) if down_bias is None else down_bias[e].double()
         y.value.index_add_(0, token, we * (act @ down[e].T + bias))
+        if int8_group is not None:
+            act_error += _half_steps(act.abs() + act_error, int8_group)
         y_error = (act_error + act.abs() * (u + sum_i)) @ down[e].T.abs() + bias.abs() * sum_i
         y.error.index_add_(0, token, we.abs() * y_error)
 
@@ -154,6 +168,13 @@ def moe_layer(
             dx.value.index_add_(0, token, d_pre @ matrix)
             dx.error.index_add_(0, token, (d_pre_error + d_pre.abs() * (u + u_weight + sum_i)) @ matrix.abs())
     return LayerResult(y, dx, dw)
+
+
+def _half_steps(values: Tensor, group_size: int) -> Tensor:
+    """How far rounding to 8 bits moves each value at most, group by group of the columns; `values` [S, columns]."""
+    group = min(group_size or MOST_TOKEN_GROUP, MOST_TOKEN_GROUP)
+    largest = [part.abs().amax(1, keepdim=True).expand_as(part) for part in values.split(group, 1)]
+    return torch.cat(largest, 1) * (0.5 / 127 + 2.0**-22) + 1e-36
 
 
 def _activate(
