@@ -146,24 +146,29 @@ void Pass::MultiplyRows(const WeightRows* matrices, int count, const WeightRows*
       for (int r = 0; r < matrices[m].rows; ++r) std::fill_n(c + r * group.width, group.width, matrices[m].bias[r]);
     }
   }
-  const bool in_place = kernels_.in_place[static_cast<int>(format)] && matrices[0].view.row_stride % bytes == 0 &&
-                        matrices[0].columns % kernels_.pair == 0;
-  const Pieces pieces = CutProducts(matrices, count, groups, in_place);
+  const int64_t token_group = panels.token_group;  // 0: products are not of integers
+  const bool in_place = token_group == 0 && kernels_.in_place[static_cast<int>(format)] &&
+                        matrices[0].view.row_stride % bytes == 0 && matrices[0].columns % kernels_.pair == 0;
+  const Pieces pieces = CutProducts(matrices, count, groups, in_place, token_group > 0);
   const int64_t scale_stride = CeilDiv(pieces.depth, kLeastGroup), stride = RowStride(pieces.depth);
   float* const scales = ProductTile(scratch, 2, 0);
   char* const decoded = reinterpret_cast<char*>(scales + pieces.rows * scale_stride);
+  uint8_t* const codes = reinterpret_cast<uint8_t*>(decoded);
   for (int64_t i = 0; i < pieces.size(); ++i) {
     const Pieces::Piece piece = pieces.at(i);
     const WeightRows& w = matrices[piece.matrix];
     const int64_t row = w.row + piece.row;
     const char* a = reinterpret_cast<const char*>(w.view.rows + row * w.view.row_stride + piece.depth * bytes);
-    if (!in_place) {
+    if (token_group > 0) {
+      kernels_.decode_int8_rows[static_cast<int>(format)](w.view, row, static_cast<int>(piece.rows), piece.depth,
+                                                          piece.depths, codes, stride);
+    } else if (!in_place) {
       a = decoded;
       kernels_.decode_rows[static_cast<int>(format)](w.view, row, static_cast<int>(piece.rows), piece.depth,
                                                      piece.depths, decoded, stride);
     }
     RowScales of_rows;
-    if (kernels_.scale_products && w.view.scale_type != ScaleType::kNone) {
+    if ((kernels_.scale_products || token_group > 0) && w.view.scale_type != ScaleType::kNone) {
       const int64_t first = piece.depth / w.view.group, last = (piece.depth + piece.depths - 1) / w.view.group;
       for (int64_t r = 0; r < piece.rows; ++r) {
         LoadScales(w.view, row + r, first, last - first + 1, scales + r * scale_stride);
