@@ -40,12 +40,9 @@ void ThreadPool::Stop() {
 }
 
 int ThreadPool::FirstWorker(int node) const {
-  int64_t before = 0, all = 0;
-  for (int n = 0; n < nodes(); ++n) {
-    const int64_t weight = Weight(node_cpus_[static_cast<size_t>(n)]);
-    all += weight;
-    if (n < node) before += weight;
-  }
+  int64_t before = 0, others = 0;  // `others` are this node's and those after it
+  for (int n = 0; n < nodes(); ++n) (n < node ? before : others) += Weight(node_cpus_[static_cast<size_t>(n)]);
+  const int64_t all = std::max<int64_t>(1, before + others);
   return static_cast<int>((threads_ * before + all / 2) / all);
 }
 

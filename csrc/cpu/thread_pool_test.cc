@@ -54,8 +54,8 @@ TEST(TasksMayBeDealtToNodesInAnyShares) {
 TEST(WorkersAreDividedByCpus) {
   const auto nodes_of = [](int threads, const NodeCpus& node_cpus) {
     const ThreadPool pool(threads, node_cpus);
-    std::vector<int> nodes;
-    for (int worker = 0; worker < threads; ++worker) nodes.push_back(pool.NodeOf(worker));
+    std::vector<int> nodes(static_cast<size_t>(threads));
+    for (int worker = 0; worker < threads; ++worker) nodes[static_cast<size_t>(worker)] = pool.NodeOf(worker);
     return nodes;
   };
   CHECK(nodes_of(3, {}) == (std::vector<int>{0, 0, 0}));

@@ -73,7 +73,7 @@ TEST(ListsAreParsed) {
   CHECK(ParseList("0-3,8,10-11\n") == (std::vector<int>{0, 1, 2, 3, 8, 10, 11}));
   CHECK(ParseList("5\n") == std::vector<int>{5});
   CHECK(ParseList("").empty() && ParseList("\n").empty() && ParseList("none").empty());
-  CHECK(ParseList("3-") == std::vector<int>{});
+  CHECK(ParseList("3-").empty());
 }
 
 TEST(OneNodeWithoutHardwareThreads) {

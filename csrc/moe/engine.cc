@@ -1,8 +1,7 @@
 #include "moe/engine.h"
 
-#include <time.h>
-
 #include <algorithm>
+#include <ctime>
 
 namespace kt {
 namespace {
