@@ -100,6 +100,7 @@ struct Avx2Vectors {
   };
   static constexpr int kInt8Rows = 4;
   static void KeepInts(I& x) { asm volatile("" : "+x"(x)); }
+  static void KeepBytes(Bytes& x) { KeepInts(x.even), KeepInts(x.odd); }
   static I LoadInts(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
   static void StoreInts(void* p, I x) { _mm256_storeu_si256(static_cast<__m256i*>(p), x); }
   static F ToFloat(I x) { return _mm256_cvtepi32_ps(x); }

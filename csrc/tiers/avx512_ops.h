@@ -95,6 +95,7 @@ struct Avx512Vectors {
   };
   static constexpr int kInt8Rows = 12;
   static void KeepInts(I& x) { asm volatile("" : "+v"(x)); }
+  static void KeepBytes(Bytes& x) { KeepInts(x.even), KeepInts(x.odd); }
   static I LoadInts(const void* p) { return _mm512_loadu_si512(p); }
   static void StoreInts(void* p, I x) { _mm512_storeu_si512(p, x); }
   static F ToFloat(I x) { return _mm512_cvtepi32_ps(x); }

@@ -4,7 +4,7 @@
 // What `Ops` provides beside its FP32 vectors:
 //  - I, a vector of kLanes 32-bit integers; LoadInts StoreInts ToFloat ToInts; StoreInt8(whole F, out)
 //  - Bytes, a quad for every lane; LoadTokens, BroadcastWeights(a quad), AddProducts(I sum, Bytes weights, Bytes
-//    tokens); KeepInts(I&); kInt8Rows, the rows of C that stay in registers
+//    tokens); KeepInts(I&), KeepBytes(Bytes&); kInt8Rows, the rows of C that stay in registers
 #pragma once
 
 #include "tiers/convert.inl"
@@ -45,15 +45,23 @@ struct Int8Product {
     }
   }
 
-  static void WidenInt4(const uint8_t* codes, int64_t count, uint16_t offset, uint8_t* out) {
-    const auto both = static_cast<uint16_t>(offset << 8 | offset);
-    for (int64_t i = 0; i < count / 2; ++i) {
-      const uint16_t code = codes[i];
-      const uint16_t two = static_cast<uint16_t>(((code | code << 4) & 0x0f0f) + both);  // no carry between the two
-      out[2 * i] = static_cast<uint8_t>(two);
-      out[2 * i + 1] = static_cast<uint8_t>(two >> 8);
+  static void WidenInt4(const uint8_t* __restrict codes, int64_t count, uint16_t offset, uint8_t* __restrict out) {
+    constexpr int kBytes = kLeastGroup / 2;  // a length that compilers know makes vectors of the loop
+    int64_t i = 0;
+    for (; i + kLeastGroup <= count; i += kLeastGroup, codes += kBytes, out += kLeastGroup) {
+      uint16_t both[kBytes];
+      for (int j = 0; j < kBytes; ++j) both[j] = WidenByte(codes[j], offset);
+      std::memcpy(out, both, sizeof(both));
     }
-    if (count % 2 != 0) out[count - 1] = static_cast<uint8_t>((codes[count / 2] & 15) + offset);
+    for (; i < count; i += 2, ++codes, out += 2) {
+      const uint16_t both = WidenByte(*codes, offset);
+      std::memcpy(out, &both, i + 1 < count ? 2 : 1);
+    }
+  }
+
+  // Two bytes of two codes, the offset added to each: nothing is carried from one to the other.
+  static uint16_t WidenByte(uint8_t codes, uint16_t offset) {
+    return static_cast<uint16_t>(((codes | codes << 4) & 0x0f0f) + (offset << 8 | offset));
   }
 
   // ---- tokens ----
@@ -140,24 +148,17 @@ struct Int8Product {
   };
 
   template <int kRows, int kVectors>
-  static void AddRun(const uint8_t* a, int64_t a_stride, const char* quads, int64_t steps, I (&sum)[kRows][kVectors],
-                     Ahead& ahead) {
-    for (int64_t s = 0, end; s < steps; s = end) {
-      end = steps;
-      if (ahead.lines > 0) {
-        AskAhead(ahead);
-        end = Smaller(steps, s + ahead.every);
-      }
-      for (int64_t i = s; i < end; ++i) {
-        typename Ops::Bytes tokens[kVectors];
+  static void AddRun(const uint8_t* a, int64_t a_stride, const char* quads, int64_t s, int64_t end,
+                     I (&sum)[kRows][kVectors]) {
+    for (; s < end; ++s) {
+      typename Ops::Bytes tokens[kVectors];
 #pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) tokens[v] = Ops::LoadTokens(quads + (i * kVectors + v) * kLanes * kQuad);
+      for (int v = 0; v < kVectors; ++v) tokens[v] = Ops::LoadTokens(quads + (s * kVectors + v) * kLanes * kQuad);
 #pragma GCC unroll 16
-        for (int m = 0; m < kRows; ++m) {
-          const typename Ops::Bytes weights = Ops::BroadcastWeights(a + m * a_stride + i * kQuad);
+      for (int m = 0; m < kRows; ++m) {
+        const typename Ops::Bytes weights = Ops::BroadcastWeights(a + m * a_stride + s * kQuad);
 #pragma GCC unroll 4
-          for (int v = 0; v < kVectors; ++v) sum[m][v] = Ops::AddProducts(sum[m][v], weights, tokens[v]);
-        }
+        for (int v = 0; v < kVectors; ++v) sum[m][v] = Ops::AddProducts(sum[m][v], weights, tokens[v]);
       }
     }
   }
@@ -180,7 +181,9 @@ struct Int8Product {
 #pragma GCC unroll 16
         for (int m = 0; m < kRows; ++m) sum[m][v] = start;
       }
-      AddRun<kRows, kVectors>(a + k, a_stride, panel + kTokenHeader * kWidth, steps, sum, ahead);
+      // Asking ahead is left out of the innermost loop: with it, sums would not stay in registers.
+      for (int64_t asked = 0; asked < steps && ahead.lines > 0; asked += ahead.every) AskAhead(ahead);
+      AddRun<kRows, kVectors>(a + k, a_stride, panel + kTokenHeader * kWidth, 0, steps, sum);
 #pragma GCC unroll 16
       for (int m = 0; m < kRows; ++m) {
         const F of_row = Ops::Set(scale[m * scales.row_stride]);
@@ -233,13 +236,14 @@ struct Int8Product {
   static double RegisterProducts(int64_t steps) {
     constexpr int kSums = Ops::kInt8Rows * kVectorsAtOnce;
     alignas(64) static constexpr int32_t kStart[kLanes] = {};
-    const typename Ops::Bytes zero = Ops::LoadTokens(kStart);
+    typename Ops::Bytes zero = Ops::LoadTokens(kStart);
     I sum[kSums];
 #pragma GCC unroll 32
     for (int i = 0; i < kSums; ++i) sum[i] = Ops::LoadInts(kStart);
     for (int64_t s = 0; s < steps; ++s) {
 #pragma GCC unroll 32
       for (int i = 0; i < kSums; ++i) {
+        Ops::KeepBytes(zero);  // or one product would do for all sums
         sum[i] = Ops::AddProducts(sum[i], zero, zero);
         Ops::KeepInts(sum[i]);
       }

@@ -81,6 +81,7 @@ struct PortableVectors {
     Keep(bits);
     std::memcpy(&x, &bits, sizeof(x));
   }
+  static void KeepBytes(Bytes& x) { KeepInts(x); }
   static I LoadInts(const void* p) {
     I x;
     std::memcpy(&x, p, sizeof(x));
