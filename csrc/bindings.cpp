@@ -275,6 +275,7 @@ PYBIND11_MODULE(_native, m) {
       "formats",
       [] {
         std::vector<std::string> names;
+        names.reserve(kt::kFormatCount);
         for (int i = 0; i < kt::kFormatCount; ++i) names.emplace_back(kt::FormatName(static_cast<kt::Format>(i)));
         return names;
       },

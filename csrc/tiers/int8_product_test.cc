@@ -46,6 +46,7 @@ Panel Pack(const TierKernels& kernels, std::vector<std::vector<float>> rows, DTy
            int64_t group) {
   Panel panel;
   std::vector<std::vector<char>> stored;
+  stored.reserve(rows.size());
   std::vector<const void*> sources;
   for (std::vector<float>& row : rows) {
     std::vector<char> bytes(static_cast<size_t>(count * DTypeBytes(type)));
@@ -55,6 +56,7 @@ Panel Pack(const TierKernels& kernels, std::vector<std::vector<float>> rows, DTy
     }
     stored.push_back(std::move(bytes));
   }
+  sources.reserve(stored.size());
   for (const std::vector<char>& bytes : stored) sources.push_back(bytes.data());
   // What is never written would show as this.
   panel.bytes.assign(static_cast<size_t>(PanelBytes(count, group) * width), 0x55);
@@ -203,7 +205,7 @@ void CheckProducts(const testing::TestedTier& tier, const Weights& w, int64_t ro
 
 const struct {
   Format format;
-  int64_t group;
+  int group;
   bool zero_point;
 } kStored[] = {{Format::kInt8, 0, false},  {Format::kInt8, 32, false},  {Format::kInt8, 512, false},
                {Format::kInt4, 32, false}, {Format::kInt4, 128, false}, {Format::kInt4, 0, false},
