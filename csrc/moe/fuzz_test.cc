@@ -71,18 +71,6 @@ std::string Describe(const Problem& p) {
          (p.options.biased ? " biased" : "");
 }
 
-// The reference's bounds depend on the operands' type alone.
-struct References {
-  explicit References(const Problem& problem) : p(problem) {}
-  const testing::Expected& For(const TierKernels& kernels) {
-    testing::Expected& expected = of_pair[kernels.pair - 1];
-    if (expected.y.empty()) expected = Reference(p, kernels);
-    return expected;
-  }
-  const Problem& p;
-  testing::Expected of_pair[2];
-};
-
 void CheckWithin(const testing::Expected& expected, const Outputs& out, DType type, const std::string& where) {
   const double y = Excess(expected.y, out.y.data(), type), dx = Excess(expected.dx, out.dx.data(), type);
   const double dw = Excess(expected.dw, out.dw.data(), DType::kF32);
@@ -95,7 +83,7 @@ TEST(RandomLayersAreWithinTheBound) {
   for (uint32_t seed = 0; seed < cases; ++seed) {
     Random random(seed);
     const Problem p = RandomProblem(random);
-    References references(p);
+    testing::References references(p);
     for (const testing::TestedTier& tier : testing::TestedTiers()) {
       const bool retain = random.OneIn(2);
       const int threads = static_cast<int>(random.Between(1, 4));
@@ -136,7 +124,7 @@ TEST(SpecialValuesStayWithTheirTokens) {
         if (all || h == at) StoreFromFloat(tensor.data(), special.options.type, token * hidden + h, value);
       }
     }
-    References references(special);
+    testing::References references(special);
     for (const testing::TestedTier& tier : testing::TestedTiers()) {
       const std::string where = "seed " + std::to_string(seed) + " " + tier.name + " " + Describe(special);
       const Outputs out = Run(special, *tier.kernels, 2, true), without = Run(ordinary, *tier.kernels, 2, true);

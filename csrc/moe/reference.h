@@ -97,6 +97,21 @@ struct Expected {
 // What a tier may give: y [T, H], dL/dx [T, H] and dL/d(routing weight) [T, K].
 Expected Reference(const Problem& p, const TierKernels& kernels);
 
+// References of one problem: they depend on the type of a tier's operands alone.
+class References {
+ public:
+  explicit References(const Problem& problem) : problem_(problem) {}
+  const Expected& For(const TierKernels& kernels) {
+    Expected& expected = of_pair_[kernels.pair - 1];
+    if (expected.y.empty()) expected = Reference(problem_, kernels);
+    return expected;
+  }
+
+ private:
+  const Problem& problem_;
+  Expected of_pair_[2];
+};
+
 // Outputs of a forward and a backward.
 struct Outputs {
   std::vector<char> y, dx;

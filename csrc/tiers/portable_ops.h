@@ -5,6 +5,10 @@
 
 #include "cpu/numeric.h"
 
+#if defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
 namespace {
 
 struct PortableVectors {
@@ -37,7 +41,11 @@ struct PortableVectors {
   static F Sub(F a, F b) { return a - b; }
   static F Mul(F a, F b) { return a * b; }
   static F Div(F a, F b) { return a / b; }
+#if defined(__aarch64__)
+  static F Fma(F a, F b, F c) { return vfmaq_f32(c, a, b); }
+#else
   static F Fma(F a, F b, F c) { return a * b + c; }
+#endif
   static F Min(F a, F b) { return (a < b) ? a : b; }
   static F Max(F a, F b) { return (a > b) ? a : b; }
   static F Abs(F a) {
