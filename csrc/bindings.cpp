@@ -255,7 +255,7 @@ void BindEngine(py::module_& m) {
           const py::gil_scoped_release release;
           peak = engine.Peak();
         }
-        return py::make_tuple(peak.product_flops, peak.read_bandwidth);
+        return py::make_tuple(peak.product_flops, peak.int8_flops, peak.read_bandwidth);
       });
 }
 

@@ -135,17 +135,20 @@ MachinePeak Engine::Peak() {
 MachinePeak Engine::MeasurePeak() {
   constexpr int kTrials = 9;
   constexpr int64_t kSteps = 50000, kPiece = int64_t{4} << 20;
-  std::vector<double> rates;
-  std::vector<double> of_thread(static_cast<size_t>(pool_.threads()));
-  for (int trial = 0; trial < kTrials; ++trial) {
-    // All at once, as they would work: a CPU clocks lower when all its cores multiply.
-    pool_.Run(pool_.threads(), [&](int64_t thread, int) {
-      const double start = ThreadSeconds();
-      const double flops = kernels_.register_products(kSteps);
-      of_thread[static_cast<size_t>(thread)] = flops / (ThreadSeconds() - start);
-    });
-    rates.insert(rates.end(), of_thread.begin(), of_thread.end());
-  }
+  const auto rate = [&](double (*products)(int64_t)) {
+    std::vector<double> rates;
+    std::vector<double> of_thread(static_cast<size_t>(pool_.threads()));
+    for (int trial = 0; trial < kTrials; ++trial) {
+      // All at once, as they would work: a CPU clocks lower when all its cores multiply.
+      pool_.Run(pool_.threads(), [&](int64_t thread, int) {
+        const double start = ThreadSeconds();
+        const double flops = products(kSteps);
+        of_thread[static_cast<size_t>(thread)] = flops / (ThreadSeconds() - start);
+      });
+      rates.insert(rates.end(), of_thread.begin(), of_thread.end());
+    }
+    return Median(std::move(rates));
+  };
   // More than the last-level caches hold: up to 16 MiB for each core, and some CPUs have plenty for few cores.
   const int64_t pieces = std::clamp<int64_t>(4 * pool_.threads(), 64, 256);
   const Block block(static_cast<size_t>(pieces * kPiece));
@@ -160,7 +163,7 @@ MachinePeak Engine::MeasurePeak() {
     });
     bandwidths.push_back(static_cast<double>(block.size()) / SecondsSince(start));
   }
-  return {Median(std::move(rates)), Median(std::move(bandwidths))};
+  return {rate(kernels_.register_products), rate(kernels_.register_int8_products), Median(std::move(bandwidths))};
 }
 
 }  // namespace kt

@@ -43,6 +43,7 @@ struct EngineStats {
 // Medians of a few trials.
 struct MachinePeak {
   double product_flops = 0;   // per second and thread while all are at it: the tier's multiply-add on registers
+  double int8_flops = 0;      // the same of its products of integers
   double read_bandwidth = 0;  // bytes per second of all threads together, from memory
 };
 

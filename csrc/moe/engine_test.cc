@@ -125,6 +125,7 @@ TEST(TheMachinesPeakIsMeasured) {
   Engine engine(2, {}, Tier::kAmx);
   const MachinePeak peak = engine.Peak();
   CHECK(engine.Peak().product_flops == peak.product_flops);  // once
+  CHECK(engine.Peak().int8_flops == peak.int8_flops && peak.int8_flops > 0);
   CHECK(peak.product_flops > 0 && peak.read_bandwidth > 0);
 }
 

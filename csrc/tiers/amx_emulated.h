@@ -1,7 +1,7 @@
 // AMX tiles in plain C++, for tests: what the instructions do as Intel's manual documents it (Intel 64 and IA-32
-// Architectures Software Developer's Manual, volume 2, LDTILECFG, TILELOADD, TILESTORED, TDPBF16PS), and an abort where
-// they would fault. Not modelled: which of several NaNs' payloads survives, and a result that rounds up to the smallest
-// normal number, which the hardware may have taken for a denormal one.
+// Architectures Software Developer's Manual, volume 2, LDTILECFG, TILELOADD, TILESTORED, TDPBF16PS, TDPBUSD), and an
+// abort where they would fault. Not modelled: which of several NaNs' payloads survives, and a result that rounds up to
+// the smallest normal number, which the hardware may have taken for a denormal one.
 #pragma once
 
 #include <cstdio>
@@ -64,6 +64,23 @@ class EmulatedTiles {
     }
   }
 
+  // TDPBUSD: unsigned bytes of A times signed bytes of B; sums wrap around.
+  static void MultiplyInt8(int c_tile, int a_tile, int b_tile) {
+    AbortOn(MultiplyFault(config_, c_tile, a_tile, b_tile));
+    const int columns = config_.row_bytes[c_tile] / 4, depth = config_.rows[b_tile] * 4;
+    for (int m = 0; m < config_.rows[c_tile]; ++m) {
+      for (int n = 0; n < columns; ++n) {
+        uint32_t sum;
+        std::memcpy(&sum, data_[c_tile][m] + n * 4, 4);
+        for (int k = 0; k < depth; ++k) {
+          const int b = static_cast<int8_t>(data_[b_tile][k / 4][n * 4 + k % 4]);
+          sum += static_cast<uint32_t>(data_[a_tile][m][k] * b);
+        }
+        std::memcpy(data_[c_tile][m] + n * 4, &sum, 4);
+      }
+    }
+  }
+
   template <int kTile>
   static void Zero() {
     Zero(kTile);
@@ -79,6 +96,10 @@ class EmulatedTiles {
   template <int kC, int kA, int kB>
   static void MultiplyBf16() {
     MultiplyBf16(kC, kA, kB);
+  }
+  template <int kC, int kA, int kB>
+  static void MultiplyInt8() {
+    MultiplyInt8(kC, kA, kB);
   }
 
   // Why the instruction would fault, or null. LDTILECFG:
@@ -104,13 +125,13 @@ class EmulatedTiles {
     return config.rows[tile] == 0 ? "a tile is used that is not configured" : nullptr;
   }
 
-  // TDPBF16PS:
+  // TDPBF16PS and TDPBUSD:
   static const char* MultiplyFault(const kt::TileConfig& config, int c, int a, int b) {
     if (c == a || c == b || a == b) return "a tile is used twice";
     const int tiles[] = {c, a, b};
     for (const int tile : tiles) {
       if (const char* const fault = TileFault(config, tile)) return fault;
-      if (config.row_bytes[tile] % 4 != 0) return "a tile's row ends within a pair";
+      if (config.row_bytes[tile] % 4 != 0) return "a tile's row ends within a pair or quad";
     }
     if (config.rows[c] != config.rows[a]) return "C and A differ in rows";
     if (config.row_bytes[c] != config.row_bytes[b]) return "C and B differ in columns";

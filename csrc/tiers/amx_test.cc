@@ -90,6 +90,27 @@ TEST(InfinityAndNanPropagate) {
   CHECK(std::isnan(DotOfPairs(nan, {1, 0}, {1, 0})));
 }
 
+TEST(QuadsAreUnsignedTimesSignedBytes) {
+  const std::vector<uint8_t> a{255, 128, 1, 0, /**/ 2, 3, 0, 7};
+  const std::vector<int8_t> b{-128, 127, 1, 5, /**/ 1, 1, 1, 1};  // one quad of each of two columns
+  std::vector<int32_t> c{1, 2, /**/ 3, std::numeric_limits<int32_t>::max()};
+  TileConfig config;
+  config.Set(1, 2, 8);
+  config.Set(2, 2, 4);
+  config.Set(3, 1, 8);
+  EmulatedTiles::Configure(config);
+  EmulatedTiles::Load(1, c.data(), 8);
+  EmulatedTiles::Load(2, a.data(), 4);
+  EmulatedTiles::Load(3, b.data(), 8);
+  EmulatedTiles::MultiplyInt8(1, 2, 3);
+  EmulatedTiles::Store(1, c.data(), 8);
+  EmulatedTiles::Release();
+  CHECK(c[0] == 1 - 255 * 128 + 128 * 127 + 1);
+  CHECK(c[1] == 2 + 255 + 128 + 1);
+  CHECK(c[2] == 3 - 2 * 128 + 3 * 127 + 7 * 5);
+  CHECK(c[3] == std::numeric_limits<int32_t>::min() + 11);  // wraps around, where VPDPBUSDS would saturate
+}
+
 TEST(WhatWouldFaultIsNamed) {
   const auto fault = [](const auto& change) {
     TileConfig config;
@@ -110,7 +131,7 @@ TEST(WhatWouldFaultIsNamed) {
   CHECK(fault([](TileConfig& c) { c.Set(3, 1, 68); }) == "a tile's row has more than 64 bytes");
   CHECK(fault([](TileConfig& c) { c.Set(3, 1, 0); }) == "a tile has rows without bytes, or bytes without rows");
   CHECK(fault([](TileConfig& c) { c.Set(2, 0, 0); }) == "a tile is used that is not configured");
-  CHECK(fault([](TileConfig& c) { c.Set(1, 16, 62); }) == "a tile's row ends within a pair");
+  CHECK(fault([](TileConfig& c) { c.Set(1, 16, 62); }) == "a tile's row ends within a pair or quad");
   CHECK(fault([](TileConfig& c) { c.Set(0, 15, 64); }) == "C and A differ in rows");
   CHECK(fault([](TileConfig& c) { c.Set(0, 16, 60); }) == "C and B differ in columns");
   CHECK(fault([](TileConfig& c) { c.Set(2, 15, 64); }) == "A and B differ in depth");
@@ -265,6 +286,7 @@ TEST(WhatComesNextIsAskedForAsTheDepthGoesBy) {
 TEST(RegisterProductsCountTheirWork) {
   for (const testing::TestedTier& tier : testing::AmxTiers()) {
     CHECK(tier.kernels->register_products(3) == 3 * 2.0 * 32 * 32 * 32);
+    CHECK(tier.kernels->register_int8_products(3) == 3 * 2.0 * 32 * 32 * 64);
   }
 }
 

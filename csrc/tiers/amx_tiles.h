@@ -8,6 +8,7 @@
 //   template <int kTile> void Load(const void* from, int64_t stride);  // bytes from row to row, as in Store
 //   template <int kTile> void Store(void* to, int64_t stride);
 //   template <int kC, int kA, int kB> void MultiplyBf16();  // C += A * B: rows of pairs times pairs of rows
+//   template <int kC, int kA, int kB> void MultiplyInt8();  // the same with quads: unsigned bytes of A, signed of B
 #pragma once
 
 #include <cstdint>

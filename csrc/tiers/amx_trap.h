@@ -37,6 +37,8 @@ class TileInstruction {
       EmulatedTiles::Store(reg, memory.start, memory.stride);
     } else if (opcode == 0x5c && prefix == kF3 && in_registers) {
       EmulatedTiles::MultiplyBf16(reg, rm, ~at_[2] >> 3 & 7);
+    } else if (opcode == 0x5e && prefix == k66 && in_registers) {
+      EmulatedTiles::MultiplyInt8(reg, rm, ~at_[2] >> 3 & 7);
     } else {
       return false;
     }

@@ -140,6 +140,7 @@ def _report(
         "baselines": baselines,
         "peaks": {
             "gflops": peak.gflops,
+            "int8_gflops": peak.int8_gflops,
             "read_gbs": peak.read_gbs,
             "gflops_range": [min(p.gflops for p in peaks), max(p.gflops for p in peaks)],
             "read_gbs_range": [min(p.read_gbs for p in peaks), max(p.read_gbs for p in peaks)],
@@ -208,6 +209,7 @@ def _median_peak(peaks: list[Peak]) -> Peak:
     return Peak(
         peaks[0].threads,
         statistics.median(peak.gflops for peak in peaks),
+        statistics.median(peak.int8_gflops for peak in peaks),
         statistics.median(peak.read_gbs for peak in peaks),
     )
 
@@ -216,7 +218,7 @@ def _result(plan: Plan, peak: Peak, timing: Timing, which: str) -> dict[str, Any
     """One line of the report.
 
     `seconds` is the median, `spread` half the distance between the quartiles over it. `peak_share` is of the tier's
-    measured peak, and None for INT8 products, whose peak is another. At one row per expert `read_gbs` counts the stored
+    measured peak of the products that `compute` names. At one row per expert `read_gbs` counts the stored
     bytes of all experts, scales included, and `read_share` is of the measured bandwidth; that is by elapsed time, so
     None where CPU time is counted. `others` holds each baseline that has this pass; `ratio` is how many times faster
     ours is, the median of the rounds' ratios.
@@ -234,7 +236,7 @@ def _result(plan: Plan, peak: Peak, timing: Timing, which: str) -> dict[str, Any
         "seconds": median,
         "spread": spread(ours),
         "gflops": gflops,
-        "peak_share": gflops / peak.gflops if timing.compute == "bf16" else None,
+        "peak_share": gflops / (peak.gflops if timing.compute == "bf16" else peak.int8_gflops),
         "read_gbs": gbs if rows == 1 else None,
         "read_share": gbs / peak.read_gbs if rows == 1 and plan.clock == "elapsed" else None,
         "others": {

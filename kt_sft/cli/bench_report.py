@@ -28,8 +28,9 @@ def show(report: dict[str, Any], console: Console) -> None:
     layer, peaks = report["layer"], report["peaks"]
     console.print(
         f"{report['machine']['cpu'] or 'unknown CPU'}, tier {report['machine']['tier']}, "
-        f"{report['settings']['threads']} threads; peak {peaks['gflops']:.0f} GFLOP/s, reads {peaks['read_gbs']:.1f} "
-        f"GB/s\n{layer['name']}: H {layer['hidden']}, I {layer['intermediate']}, {layer['experts']} experts held, "
+        f"{report['settings']['threads']} threads; peak {peaks['gflops']:.0f} GFLOP/s, INT8 "
+        f"{peaks['int8_gflops']:.0f}, reads {peaks['read_gbs']:.1f} GB/s\n"
+        f"{layer['name']}: H {layer['hidden']}, I {layer['intermediate']}, {layer['experts']} experts held, "
         f"{layer['top_k']} per token; medians of {report['settings']['repeats']} alternating rounds"
         f"{', CPU time' if report['settings']['clock'] == 'cpu' else ''}",
         highlight=False,

@@ -65,6 +65,7 @@ def _engine() -> tuple[dict[str, Any], list[dict[str, Any]], float | None]:
             "reason": reason,
             "peak_gflops": peaks[name].gflops if name in peaks else None,
             "peak_gflops_per_thread": peaks[name].gflops / peaks[name].threads if name in peaks else None,
+            "int8_peak_gflops": peaks[name].int8_gflops if name in peaks else None,
         }
         for name, reason in reasons.items()
     ]
@@ -142,6 +143,7 @@ def _tier_table(tiers: list[dict[str, Any]]) -> Table:
     table = Table("tier", title="Instruction tiers", title_justify="left")
     table.add_column("peak, GFLOP/s", justify="right")
     table.add_column("per thread", justify="right")
+    table.add_column("INT8", justify="right")
     table.add_column("state")
     for tier in tiers:
         measured = tier["peak_gflops"] is not None
@@ -149,6 +151,7 @@ def _tier_table(tiers: list[dict[str, Any]]) -> Table:
             tier["name"],
             f"{tier['peak_gflops']:.0f}" if measured else "-",
             f"{tier['peak_gflops_per_thread']:.0f}" if measured else "-",
+            f"{tier['int8_peak_gflops']:.0f}" if measured else "-",
             tier["reason"],
             style="bold" if tier["chosen"] else None,
         )

@@ -35,7 +35,7 @@ def system_info(num_threads: int | None = None) -> dict[str, Any]:
         ConfigError: `KT_SFT_ISA` names no tier.
     """
     engine = get_engine(num_threads)
-    flops, bandwidth = engine.peak()
+    flops, _, bandwidth = engine.peak()
     cpus, cores = usable_cpus(), usable_cores()
     return {
         "tier": engine.tier,

@@ -15,11 +15,13 @@ class Peak:
     Attributes:
         threads: How many threads it holds for.
         gflops: Products of the tier, all threads, 1e9 floating-point operations per second.
+        int8_gflops: The same of its products of 8-bit integers (`compute: int8`).
         read_gbs: Reading from memory, all threads, 1e9 bytes per second.
     """
 
     threads: int
     gflops: float
+    int8_gflops: float
     read_gbs: float
 
 
@@ -37,5 +39,5 @@ def measure_peak(tier: str, num_threads: int | None = None) -> Peak:
     if tier not in _native.available_tiers():
         raise ValueError(f"kt_sft: tier {tier!r} is not available here; {', '.join(_native.available_tiers())} are")
     threads, node_cpus = engine_cpus(num_threads)
-    flops, bandwidth = _native.Engine(threads, node_cpus, tier, SPIN_MICROSECONDS).peak()
-    return Peak(threads, flops * threads / 1e9, bandwidth / 1e9)
+    flops, int8, bandwidth = _native.Engine(threads, node_cpus, tier, SPIN_MICROSECONDS).peak()
+    return Peak(threads, flops * threads / 1e9, int8 * threads / 1e9, bandwidth / 1e9)

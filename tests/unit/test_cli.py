@@ -40,7 +40,8 @@ class TestDoctor:
         assert [tier["name"] for tier in facts["tiers"]] == list(TIERS)
         (chosen,) = (tier for tier in facts["tiers"] if tier["chosen"])
         assert chosen["name"] == facts["engine"]["tier"]
-        assert all((tier["peak_gflops"] is not None) == tier["available"] for tier in facts["tiers"])
+        for peak in ("peak_gflops", "int8_peak_gflops"):
+            assert all((tier[peak] is not None) == tier["available"] for tier in facts["tiers"])
         assert facts["memory"]["read_gbs"] > 0
         assert facts["memory"]["total_bytes"] > 0
         assert {"kt_sft", "cpu", "numa", "huge_pages", "accelerators", "hosts", "seams", "advice"} <= set(facts)

@@ -146,7 +146,9 @@ class TestFigures:
     def result(self, rows: int, compute: str = "bf16", clock: str = "elapsed") -> dict[str, Any]:
         seconds = {OURS: {"forward": [2.0, 1.0, 4.0]}, "other": {"forward": [3.0, 3.0, 8.0]}, "silent": {}}
         timing = Timing(FormatChoice("int8:32", "int8", 32), compute, rows, 100_000, seconds)
-        return bench._result(a_plan(clock=clock), Peak(threads=1, gflops=0.001, read_gbs=0.0005), timing, "forward")
+        return bench._result(
+            a_plan(clock=clock), Peak(threads=1, gflops=0.001, int8_gflops=0.004, read_gbs=0.0005), timing, "forward"
+        )
 
     def test_medians_shares_and_ratios(self) -> None:
         result = self.result(rows=4)
@@ -175,8 +177,9 @@ class TestFigures:
         assert result["read_gbs"] is not None
         assert result["read_share"] is None
 
-    def test_int8_products_have_no_share_of_the_other_peak(self) -> None:
-        assert self.result(rows=4, compute="int8")["peak_share"] is None
+    def test_int8_products_are_a_share_of_their_own_peak(self) -> None:
+        bf16, int8 = self.result(rows=4), self.result(rows=4, compute="int8")
+        assert int8["peak_share"] == pytest.approx(bf16["peak_share"] / 4)
 
     def test_spread(self) -> None:
         assert spread([5.0]) == 0.0
