@@ -121,10 +121,9 @@ class Pass {
   // every tier's vector length, so that transposed results are stored in whole vectors.
   static constexpr int64_t kTilesPerTask = 4;
   int64_t task_rows() const { return kTilesPerTask * kernels_.tile_rows; }
-  // Blocks of few rows are multiplied along the depth, straight from the stored rows: the vectors of their panels would
-  // be less than three quarters full. The rows of the whole call decide: sums are formed in another order, and a
-  // token's bits must not depend on how the call is cut.
-  bool Few(const RowBlock& block) const { return 4 * block.expert_rows <= 3 * kernels_.lanes; }
+  // Blocks of few rows are multiplied along the depth, straight from the stored rows. The rows of the whole call decide:
+  // sums are formed in another order, and a token's bits must not depend on how the call is cut.
+  bool Few(const RowBlock& block) const { return block.expert_rows <= MostFewRows(kernels_.lanes); }
 
   // Products are cut along the depth so that a task's decoded rows and what one panel contributes both stay in L1.
   static constexpr int64_t kPanelChunkBytes = 16384;

@@ -60,7 +60,7 @@ inline Ahead AheadOf(const MatrixView& view, int64_t row, int64_t rows, int64_t 
   ahead.row_stride = view.row_stride;
   ahead.lines_per_row = CeilDiv(columns * view.bits / 8, 64);
   ahead.lines = rows * ahead.lines_per_row;
-  ahead.every = ahead.lines > 0 && steps > ahead.lines ? steps / ahead.lines : 1;
+  ahead.rate = steps > ahead.lines ? CeilDiv(ahead.lines * Ahead::kSteps, steps) : Ahead::kSteps;
   return ahead;
 }
 

@@ -102,7 +102,7 @@ struct TileProduct {
   // A product of one row of tiles takes as many of the steps that Ahead counts as it has pairs or quads.
   template <int kRows>
   static void Ask(Ahead& ahead) {
-    for (int64_t s = 0; s < kRows * kStep / kGroup && ahead.lines > 0; s += ahead.every) AskAhead(ahead);
+    if (ahead.lines > 0) AskAhead(ahead, kRows * kStep / kGroup);
   }
 
   // Adds the products of the first `depth` bytes of rows to the tiles of C.

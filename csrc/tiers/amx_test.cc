@@ -270,7 +270,7 @@ TEST(WhatComesNextIsAskedForAsTheDepthGoesBy) {
       ahead.row_stride = 5 * 64;
       ahead.lines_per_row = 5;
       ahead.lines = 20;
-      ahead.every = 4;
+      ahead.rate = Ahead::kSteps / 4;
       const std::vector<Bf16> a(static_cast<size_t>(rows * depth)), panel(static_cast<size_t>(depth * width));
       std::vector<float> c(static_cast<size_t>(rows * width));
       tier.kernels->multiply(a.data(), depth, rows, panel.data(), width, some_depth, RowScales(), c.data(), width,

@@ -182,7 +182,7 @@ struct Int8Product {
         for (int m = 0; m < kRows; ++m) sum[m][v] = start;
       }
       // Asking ahead is left out of the innermost loop: with it, sums would not stay in registers.
-      for (int64_t asked = 0; asked < steps && ahead.lines > 0; asked += ahead.every) AskAhead(ahead);
+      if (ahead.lines > 0) AskAhead(ahead, steps);
       AddRun<kRows, kVectors>(a + k, a_stride, panel + kTokenHeader * kWidth, 0, steps, sum);
 #pragma GCC unroll 16
       for (int m = 0; m < kRows; ++m) {

@@ -22,14 +22,16 @@ struct Product {
     Scales FromRow(int row) const { return {values + row * row_stride, row_stride, steps}; }
   };
 
+  // Asking ahead is left out of the innermost loop, where it would take as many instructions as a step.
   template <int kRows, int kVectors>
   static void AddSteps(const Element* a, int64_t a_stride, const Element* b, int64_t steps, F (&sum)[kRows][kVectors],
                        Ahead& ahead) {
+    constexpr int64_t kRun = 8;
     for (int64_t s = 0, end; s < steps; s = end) {
       end = steps;
       if (ahead.lines > 0) {
-        AskAhead(ahead);
-        end = Smaller(steps, s + ahead.every);
+        end = Smaller(steps, s + kRun);
+        AskAhead(ahead, end - s);
       }
       AddRun<kRows, kVectors>(a, a_stride, b, s, end, sum);
     }
@@ -145,12 +147,12 @@ struct Product {
   // kRows weight rows times kTokens x rows, along the depth. Loads are whole vectors; the tail is padded with zeros.
   // With scales (a row of them for each weight row) the sums of each group are scaled before they are added.
   template <int kRows, int kTokens>
-  static void Dot(const Element* const* w, const Element* x, int64_t x_stride, int64_t columns, const Scales& scales,
-                  float* c, int64_t c_stride) {
+  static void Dot(const Element* const* w, const Element* x, int64_t x_stride, int64_t columns, int64_t ahead,
+                  const Scales& scales, float* c, int64_t c_stride) {
     F sum[kRows][kTokens];
     if (scales.values == nullptr) {
       Clear<kRows, kTokens>(sum);
-      DotRun<kRows, kTokens>(w, x, x_stride, 0, columns, sum);
+      DotRun<kRows, kTokens>(w, x, x_stride, 0, columns, sum, ahead);
     } else {
       F total[kRows][kTokens];
       Clear<kRows, kTokens>(total);
@@ -197,10 +199,10 @@ struct Product {
     }
   }
 
-  // Adds the products of columns [k, end).
+  // Adds the products of columns [k, end), and asks for what lies `ahead` elements further on, if that is not 0.
   template <int kRows, int kTokens>
   static void DotRun(const Element* const* w, const Element* x, int64_t x_stride, int64_t k, int64_t end,
-                     F (&sum)[kRows][kTokens]) {
+                     F (&sum)[kRows][kTokens], int64_t ahead = 0) {
     constexpr int kPiece = kLanes * kPair;
     const auto step = [&](auto weights, auto tokens) {
       typename Ops::Panel token[kTokens];
@@ -214,6 +216,9 @@ struct Product {
       }
     };
     for (; k + kPiece <= end; k += kPiece) {
+      if (ahead != 0) {
+        for (int r = 0; r < kRows; ++r) __builtin_prefetch(w[r] + k + ahead, 0, 2);
+      }
       step([&](int r) { return w[r] + k; }, [&](int t) { return x + t * x_stride + k; });
     }
     if (k == end) return;
@@ -225,11 +230,12 @@ struct Product {
 
   template <int kRows, int kTokens>
   static void DotTokens(const Element* const* w, const Element* x, int64_t x_stride, int tokens, int64_t columns,
-                        const Scales& scales, float* c, int64_t c_stride) {
+                        int64_t ahead, const Scales& scales, float* c, int64_t c_stride) {
     for (; tokens >= kTokens; tokens -= kTokens, x += kTokens * x_stride, c += kTokens * c_stride) {
-      Dot<kRows, kTokens>(w, x, x_stride, columns, scales, c, c_stride);
+      Dot<kRows, kTokens>(w, x, x_stride, columns, ahead, scales, c, c_stride);
     }
-    if constexpr (kTokens > 1) DotTokens<kRows, kTokens - 1>(w, x, x_stride, tokens, columns, scales, c, c_stride);
+    if constexpr (kTokens > 1)
+      DotTokens<kRows, kTokens - 1>(w, x, x_stride, tokens, columns, ahead, scales, c, c_stride);
   }
 
   template <class Format>
@@ -245,15 +251,20 @@ struct Product {
           const Element* sources[kDotRows];
           for (int i = 0; i < count; ++i)
             sources[i] = reinterpret_cast<const Element*>(Format::Address(w, row + r + i, 0));
-          DotPiece(sources, count, x_rows + t * x_stride, x_stride, some, columns, Scales(), c + t * c_stride + r,
-                   c_stride, false);
+          // With several tokens the hardware does not see far enough ahead. With one it does, better than asked.
+          const int64_t ahead = t == 0 && tokens > 1 ? kDotRows * w.row_stride / int64_t{sizeof(Element)} : 0;
+          DotPiece(sources, count, x_rows + t * x_stride, x_stride, some, columns, ahead, Scales(),
+                   c + t * c_stride + r, c_stride, false);
         }
       }
       return;
     }
     if constexpr (Format::kScales) {
-      if (expert_rows <= kStreamTokens && w.zeros == nullptr) {
-        return StreamRows<Format, kStreamTokens>(w, row, rows, columns, x_rows, x_stride, tokens, c, c_stride);
+      if (w.zeros == nullptr && expert_rows == 1) {
+        return StreamRows<Format, 4, 1>(w, row, rows, columns, x_rows, x_stride, tokens, c, c_stride);
+      }
+      if (w.zeros == nullptr) {
+        return StreamRows<Format, 2, kStreamTokens>(w, row, rows, columns, x_rows, x_stride, tokens, c, c_stride);
       }
     }
     // Rows are decoded once for all tokens, in pieces that are added up in the order of the depth. A piece holds whole
@@ -276,59 +287,65 @@ struct Product {
             LoadScales(w, row + r + i, first, (k + depth - 1) / w.group - first + 1, scales[i]);
           }
         }
-        DotPiece(sources, count, x_rows + k, x_stride, tokens, depth, of_piece, c + r, c_stride, k > 0);
+        DotPiece(sources, count, x_rows + k, x_stride, tokens, depth, 0, of_piece, c + r, c_stride, k > 0);
       }
     }
   }
 
-  // ---- for one to three tokens ----
+  // ---- the same for formats with scales ----
 
   // Codes go from memory to the product in registers, one row after the other: in the order of memory, which is as fast
-  // as memory can be read. Each step's sums are scaled on their own.
-  template <class Format, int kTokens>
+  // as memory can be read. Each step's sums are scaled on their own, and added to one of kParts that do not wait for
+  // each other.
+  template <class Format, int kParts, int kTokens>
   static void StreamRows(const MatrixView& w, int64_t row, int rows, int64_t columns, const Element* x,
                          int64_t x_stride, int tokens, float* c, int64_t c_stride) {
     if constexpr (kTokens > 1) {
       if (tokens < kTokens)
-        return StreamRows<Format, kTokens - 1>(w, row, rows, columns, x, x_stride, tokens, c, c_stride);
+        return StreamRows<Format, kParts, kTokens - 1>(w, row, rows, columns, x, x_stride, tokens, c, c_stride);
     }
-    for (int r = 0; r < rows; ++r) StreamRow<Format, kTokens>(w, row + r, columns, x, x_stride, c + r, c_stride);
+    for (int r = 0; r < rows; ++r)
+      StreamRow<Format, kParts, kTokens>(w, row + r, columns, x, x_stride, c + r, c_stride);
   }
 
-  static constexpr int kStreamTokens = 3;
+  static constexpr int kStreamTokens = MostFewRows(kLanes);
   static constexpr int kStep = 2 * kLanes;
 
-  template <class Format, int kTokens>
+  template <class Format, int kParts, int kTokens>
   static void StreamRow(const MatrixView& w, int64_t row, int64_t columns, const Element* x, int64_t x_stride, float* c,
                         int64_t c_stride) {
-    constexpr int kParts = 4;  // sums that do not wait for each other
-    const int shift = GroupShift(w);
-    const uint8_t* const codes = Format::Address(w, row, 0);
+    constexpr int64_t kBytes = Format::CodeBytes(kStep);
+    const uint8_t* codes = Format::Address(w, row, 0);
     F total[kParts][kTokens];
     Clear<kParts, kTokens>(total);
+    const int shift = GroupShift(w);
     float scales[kDotPiece / kLeastGroup];
     for (int64_t piece = 0; piece < columns; piece += kDotPiece) {
-      const int64_t end = Smaller(columns, piece + kDotPiece), first = piece >> shift;
-      LoadScales(w, row, first, ((end - 1) >> shift) - first + 1, scales);
-      const auto step = [&](int64_t k, F(&sum)[kTokens]) {
-        StreamStep<Format, kTokens>(codes + Format::CodeBytes(k), x + k, x_stride, scales[(k >> shift) - first], sum);
-      };
+      const int64_t end = Smaller(columns, piece + kDotPiece);
+      LoadScales(w, row, piece >> shift, ((end - 1) >> shift) - (piece >> shift) + 1, scales);
+      const auto scale = [&](int64_t k) {
+        return scales[(k - piece) >> shift];
+      };  // a piece holds whole groups, or lies within one
       int64_t k = piece;
-      for (; k + kParts * kStep <= end; k += kParts * kStep) {
+      for (; k + kParts * kStep <= end; k += kParts * kStep, codes += kParts * kBytes) {
 #pragma GCC unroll 4
-        for (int p = 0; p < kParts; ++p) step(k + p * kStep, total[p]);
+        for (int p = 0; p < kParts; ++p)
+          StreamStep<Format, kTokens>(codes + p * kBytes, x + k + p * kStep, x_stride, scale(k + p * kStep), total[p]);
       }
-      for (; k + kStep <= end; k += kStep) step(k, total[0]);
+      for (; k + kStep <= end; k += kStep, codes += kBytes)
+        StreamStep<Format, kTokens>(codes, x + k, x_stride, scale(k), total[0]);
       if (k == end) continue;
-      uint8_t last_codes[Format::CodeBytes(kStep)] = {};
+      uint8_t last_codes[kBytes] = {};
       alignas(64) Element last[kTokens][kStep] = {};
-      std::memcpy(last_codes, codes + Format::CodeBytes(k), static_cast<size_t>(Format::CodeBytes(end - k)));
+      std::memcpy(last_codes, codes, static_cast<size_t>(Format::CodeBytes(end - k)));
       for (int t = 0; t < kTokens; ++t) std::memcpy(last[t], x + t * x_stride + k, (end - k) * sizeof(Element));
-      StreamStep<Format, kTokens>(last_codes, last[0], kStep, scales[(k >> shift) - first], total[0]);
+      StreamStep<Format, kTokens>(last_codes, last[0], kStep, scale(k), total[0]);
     }
     for (int t = 0; t < kTokens; ++t) {
-      const F low = Ops::Add(total[0][t], total[1][t]), high = Ops::Add(total[2][t], total[3][t]);
-      c[t * c_stride] = Ops::Sum(Ops::Add(low, high));
+      for (int half = kParts / 2; half > 0; half /= 2) {
+        for (int p = 0; p < half; ++p) total[p][t] = Ops::Add(total[p][t], total[p + half][t]);
+      }
+      c[t * c_stride] = Ops::Sum(total[0][t]);
     }
   }
 
@@ -347,18 +364,16 @@ struct Product {
   }
 
   static constexpr int kDotRows = 4, kDotTokens = 4, kDotPiece = 1024;
-  static constexpr int kMostDotTokens = 16;
-  static_assert(3 * kLanes <= 4 * kMostDotTokens, "a block of few rows (Pass::Few) must fit");
 
   static void DotPiece(const Element* const* w, int rows, const Element* x, int64_t x_stride, int tokens, int64_t depth,
-                       const Scales& scales, float* c, int64_t c_stride, bool accumulate) {
-    float sums[kMostDotTokens * kDotRows];
+                       int64_t ahead, const Scales& scales, float* c, int64_t c_stride, bool accumulate) {
+    float sums[MostFewRows(kLanes) * kDotRows];
     if (rows == kDotRows) {
-      DotTokens<kDotRows, kDotTokens>(w, x, x_stride, tokens, depth, scales, sums, kDotRows);
+      DotTokens<kDotRows, kDotTokens>(w, x, x_stride, tokens, depth, ahead, scales, sums, kDotRows);
     } else {
       for (int r = 0; r < rows; ++r) {
         const Scales of_row = scales.values == nullptr ? scales : scales.FromRow(r);
-        DotTokens<1, kDotTokens>(w + r, x, x_stride, tokens, depth, of_row, sums + r, kDotRows);
+        DotTokens<1, kDotTokens>(w + r, x, x_stride, tokens, depth, ahead, of_row, sums + r, kDotRows);
       }
     }
     for (int t = 0; t < tokens; ++t) {

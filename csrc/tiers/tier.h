@@ -49,7 +49,7 @@ struct RowScales {
   int64_t group = 0;
 };
 
-// A piece of a matrix's stored rows that will be needed soon. A product asks for one cache line of it every `every`
+// A piece of a matrix's stored rows that will be needed soon. A product asks for one cache line of it every few
 // steps of its depth: a CPU drops most of a burst of prefetches.
 struct Ahead {
   const uint8_t* row = nullptr;
@@ -57,16 +57,31 @@ struct Ahead {
   int64_t lines_per_row = 0;
   int64_t line = 0;   // of the row: the next
   int64_t lines = 0;  // left, in all
-  int64_t every = 1;
+  int64_t rate = 0;   // lines for kSteps steps
+  int64_t due = 0;    // what the steps so far have not used up of it
+
+  static constexpr int64_t kSteps = 1 << 16;
 };
 
-static inline void AskAhead(Ahead& ahead) {
-  __builtin_prefetch(ahead.row + ahead.line * 64, 0, 2);  // into the second-level cache
-  --ahead.lines;
-  if (++ahead.line < ahead.lines_per_row) return;
-  ahead.line = 0;
-  ahead.row += ahead.row_stride;
+// Asks for what `steps` steps give time for.
+static inline void AskAhead(Ahead& ahead, int64_t steps) {
+  ahead.due += steps * ahead.rate;
+  int64_t count = Smaller(ahead.due / Ahead::kSteps, ahead.lines);
+  ahead.due %= Ahead::kSteps;
+  while (count > 0) {
+    const int64_t some = Smaller(count, ahead.lines_per_row - ahead.line);
+    const uint8_t* const first = ahead.row + ahead.line * 64;
+    for (int64_t i = 0; i < some; ++i) __builtin_prefetch(first + i * 64, 0, 2);  // into the second-level cache
+    count -= some, ahead.lines -= some, ahead.line += some;
+    if (ahead.line < ahead.lines_per_row) return;
+    ahead.line = 0;
+    ahead.row += ahead.row_stride;
+  }
 }
+
+// Up to so many tokens of an expert are multiplied by its rows as these lie, without being packed into a panel: most of
+// that would be empty.
+constexpr int MostFewRows(int lanes) { return lanes / 3 > 4 ? lanes / 3 : 4; }
 
 struct TierKernels {
   Tier tier;
