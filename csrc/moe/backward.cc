@@ -27,54 +27,87 @@ void Pass::BackwardChunk(const Chunk& given) {
   const int64_t inner_values = rows * CeilDiv(shape.intermediate, kPanelColumns);
   const int64_t panel_columns = RoundUp(kPanelColumns, width());
   const int64_t backward_worker = kPanelRows * panel_columns * bytes + Routing::kBlockRows * (panel_columns + 16) * 4;
-  const size_t worker_bytes = std::max(ForwardWorkerBytes(), static_cast<size_t>(backward_worker));
+  const ExpertLora& lora = chunk.call.lora;
+  const size_t worker_bytes = std::max(
+      {ForwardWorkerBytes(), static_cast<size_t>(backward_worker), lora.rank > 0 ? OuterWorkerBytes(lora.rank) : 0});
 
-  Panels x = LayOutPanels(chunk, Matrix::kUp);
-  const bool recompute = chunk.retained == nullptr;
+  Panels x = LayOutPanels(chunk, Matrix::kUp), act = LayOutPanels(chunk, Matrix::kDown);
+  LowRank z = LayOutLowRank(chunk, false), down_z = z, v = LayOutLowRank(chunk, true);
+  const bool recompute = chunk.retained == nullptr, hidden = recompute || lora.rank > 0;
   const int64_t retained_bytes = recompute ? rows * chunk.pre_columns() * 2 : 0;
-  // Used one after the other: hidden panels (to recompute), rows of dL/dy, rows of dL/dx.
-  const int64_t shared_bytes = std::max({recompute ? x.bytes() : 0, rows * grad_stride * bytes, rows * out_stride * 4});
+  const int64_t act_stride = RowStride(shape.intermediate), act_bytes = lora.rank > 0 ? act.bytes() : 0;
+  const int64_t act_row_bytes = lora.rank > 0 ? rows * act_stride * bytes : 0;
+  // Used one after the other: hidden panels (to recompute), rows of dL/dy, of hidden, of dL/dx.
+  const int64_t shared_bytes = std::max({hidden ? x.bytes() : 0, rows * grad_stride * bytes, rows * out_stride * 4});
   arena_.Reset(Arena::Measure(static_cast<size_t>(shared_bytes)) + Arena::Measure(static_cast<size_t>(d_pre_bytes)) +
                Arena::Measure(static_cast<size_t>(inner_values) * 4) +
-               Arena::Measure(static_cast<size_t>(retained_bytes)) + MeasureWorkers(worker_bytes) + 64);
+               Arena::Measure(static_cast<size_t>(retained_bytes)) + Arena::Measure(static_cast<size_t>(act_bytes)) +
+               Arena::Measure(static_cast<size_t>(act_row_bytes)) + 2 * MeasureLowRank(chunk, z) +
+               MeasureLowRank(chunk, v) + MeasureWorkers(worker_bytes) + 64);
   char* const shared = arena_.Take<char>(shared_bytes);
   char* const d_pre = arena_.Take<char>(d_pre_bytes);
   float* const inner = arena_.Take<float>(inner_values);
   Bf16* const recomputed = arena_.Take<Bf16>(retained_bytes / 2);
+  act.data = arena_.Take<char>(act_bytes);
+  char* const act_rows = arena_.Take<char>(act_row_bytes);
+  TakeLowRank(chunk, &z);
+  TakeLowRank(chunk, &down_z);
+  TakeLowRank(chunk, &v);
   TakeWorkers(worker_bytes);
 
-  if (recompute) {
-    chunk.retained = recomputed;
+  if (hidden) {
     x.data = shared;
     PackHidden(chunk, x);
-    GateUp(chunk, x, nullptr);
+    if (lora.rank > 0) MultiplyLowRank(chunk, x, lora.gate_up.a, shape.hidden, z);
   }
-  PackOutputGrad(chunk, shared, grad_stride);
-  DownBackward(chunk, shared, grad_stride, d_pre, inner);
+  if (recompute) {
+    chunk.retained = recomputed;
+    GateUp(chunk, x, z, nullptr);
+  }
+  PackRows(chunk, chunk.call.output_grad, shared, grad_stride);
+  if (lora.rank > 0) {
+    Reactivate(chunk, act_rows, act_stride, act);
+    MultiplyLowRank(chunk, act, lora.down.a, shape.intermediate, down_z);
+    MultiplyByB(chunk, lora.down.b, shape.hidden, 0, shape.hidden, shared, grad_stride, false, v);
+    PackLowRankRows(chunk, v);
+  }
+  DownBackward(chunk, shared, grad_stride, v, d_pre, inner);
   if (chunk.call.weights_grad != nullptr) CombineWeightsGrad(chunk, inner);
+  if (lora.rank > 0) {
+    const LoraGradients& to = chunk.call.lora_grads;
+    const int64_t padded = Padded(shape.intermediate), d_pre_stride = RowStride(parts * padded);
+    WeighLowRank(chunk, down_z);
+    AddOuter(chunk, down_z, shared, grad_stride, shape.hidden, {to.down_b, shape.hidden * lora.rank, true});
+    WeighLowRank(chunk, v);
+    AddOuter(chunk, v, act_rows, act_stride, shape.intermediate, {to.down_a, shape.intermediate * lora.rank, false});
+    for (int64_t part = 0; part < parts; ++part) {
+      const char* const of_part = d_pre + part * padded * bytes;
+      const int64_t first = part * shape.intermediate;
+      MultiplyByB(chunk, lora.gate_up.b, chunk.pre_columns(), first, shape.intermediate, of_part, d_pre_stride,
+                  part > 0, v);
+      AddOuter(chunk, z, of_part, d_pre_stride, shape.intermediate,
+               {to.gate_up_b + first * lora.rank, chunk.pre_columns() * lora.rank, true});
+    }
+    PackLowRankRows(chunk, v);
+    PackRows(chunk, chunk.call.hidden, shared, grad_stride);
+    AddOuter(chunk, v, shared, grad_stride, shape.hidden, {to.gate_up_a, shape.hidden * lora.rank, false});
+  }
   if (chunk.call.hidden_grad == nullptr) return;
   float* const out_rows = reinterpret_cast<float*>(shared);
-  GateUpBackward(chunk, d_pre, out_rows, out_stride);
+  GateUpBackward(chunk, d_pre, v, out_rows, out_stride);
   CombineRows(chunk, out_rows, out_stride, false, chunk.call.hidden_grad);
 }
 
-void Pass::PackOutputGrad(const Chunk& chunk, char* grad, int64_t stride) {
+void Pass::PackRows(const Chunk& chunk, const void* base, char* packed, int64_t stride) {
   const int64_t rows = chunk.routing.rows();
   pool_.Run(CeilDiv(rows, kRowsPerTask), [&](int64_t task, int) {
     const int64_t end = Smaller(rows, (task + 1) * kRowsPerTask);
     for (int64_t r = task * kRowsPerTask; r < end; ++r) {
-      const char* const source = chunk.TokenRow(chunk.call.output_grad, chunk.routing.token_of[static_cast<size_t>(r)]);
-      kernels_.pack_row(source, chunk.call.type, chunk.shape.hidden, grad + r * stride * kernels_.element_bytes);
+      const char* const source = chunk.TokenRow(base, chunk.routing.token_of[static_cast<size_t>(r)]);
+      kernels_.pack_row(source, chunk.call.type, chunk.shape.hidden, packed + r * stride * kernels_.element_bytes);
     }
   });
 }
-
-// The columns of a matrix that a task multiplies by, all rows of it.
-struct Pass::WeightColumns {
-  MatrixView view;
-  int64_t rows;
-  int64_t column, columns;
-};
 
 void Pass::MultiplyColumns(const WeightColumns& w, const WeightColumns* next, Format format, int64_t a_rows,
                            const char* a, int64_t a_stride, float* c, int64_t c_stride, bool accumulate,
@@ -101,7 +134,8 @@ void Pass::MultiplyColumns(const WeightColumns& w, const WeightColumns* next, Fo
   EndProducts();
 }
 
-void Pass::DownBackward(const Chunk& chunk, const char* grad, int64_t grad_stride, char* d_pre, float* inner) {
+void Pass::DownBackward(const Chunk& chunk, const char* grad, int64_t grad_stride, const LowRank& v, char* d_pre,
+                        float* inner) {
   const LayerShape& shape = chunk.shape;
   const ActivateBackwardFn activate_backward =
       kernels_.activate_backward[shape.gated][static_cast<int>(shape.activation)];
@@ -127,6 +161,12 @@ void Pass::DownBackward(const Chunk& chunk, const char* grad, int64_t grad_strid
     char* const panels = reinterpret_cast<char*>(u + Routing::kBlockRows * u_stride);
     MultiplyColumns(weights, more ? &next : nullptr, shape.format, block.rows, grad + block.first * grad_stride * bytes,
                     grad_stride, u, u_stride, false, panels);
+    if (v.stride > 0) {
+      const int64_t rank = chunk.call.lora.rank;
+      MultiplyColumns({LoraView(chunk.call.lora.down.a, block.expert, rank, shape.intermediate), rank, i, columns},
+                      nullptr, Format::kBf16, block.rows, LowRankRow(v, block.first), v.panels.row_stride, u, u_stride,
+                      true, panels);
+    }
     for (int64_t r = 0; r < block.rows; ++r) {
       const int64_t row = block.first + r;
       const Bf16* const pre = chunk.retained + row * pre_columns + i;
@@ -145,7 +185,8 @@ void Pass::DownBackward(const Chunk& chunk, const char* grad, int64_t grad_strid
   });
 }
 
-void Pass::GateUpBackward(const Chunk& chunk, const char* d_pre, float* out_rows, int64_t out_stride) {
+void Pass::GateUpBackward(const Chunk& chunk, const char* d_pre, const LowRank& v, float* out_rows,
+                          int64_t out_stride) {
   const LayerShape& shape = chunk.shape;
   const int64_t bytes = kernels_.element_bytes, padded = Padded(shape.intermediate), parts = shape.gated ? 2 : 1;
   const int64_t d_pre_stride = RowStride(parts * padded);
@@ -169,6 +210,13 @@ void Pass::GateUpBackward(const Chunk& chunk, const char* d_pre, float* out_rows
                       d_pre + (block.first * d_pre_stride + part * padded) * bytes, d_pre_stride,
                       out_rows + block.first * out_stride + weights.column, out_stride, part > 0, Worker(worker));
     }
+    if (v.stride == 0) return;
+    const WeightColumns first = columns_of(task, 0);
+    const int64_t rank = chunk.call.lora.rank;
+    MultiplyColumns(
+        {LoraView(chunk.call.lora.gate_up.a, block.expert, rank, shape.hidden), rank, first.column, first.columns},
+        nullptr, Format::kBf16, block.rows, LowRankRow(v, block.first), v.panels.row_stride,
+        out_rows + block.first * out_stride + first.column, out_stride, true, Worker(worker));
   });
 }
 

@@ -21,26 +21,33 @@ void Pass::ForwardChunk(const Chunk& chunk) {
   Panels x = LayOutPanels(chunk, Matrix::kUp);
   Panels act = LayOutPanels(chunk, Matrix::kDown);
   const int64_t unpacked_bytes = act.token_group > 0 ? chunk.routing.rows() * act.row_stride * act.element_bytes : 0;
+  LowRank z = LayOutLowRank(chunk, false);
   const size_t worker_bytes = ForwardWorkerBytes();
   // The rows to combine take the place of the hidden panels, which nobody needs any more by then.
   const size_t shared_bytes =
       static_cast<size_t>(std::max(x.bytes(), chunk.routing.rows() * ResultStride(chunk.shape.hidden) * 4));
   arena_.Reset(Arena::Measure(shared_bytes) + Arena::Measure(static_cast<size_t>(act.bytes())) +
-               Arena::Measure(static_cast<size_t>(unpacked_bytes)) + MeasureWorkers(worker_bytes) + 64);
+               Arena::Measure(static_cast<size_t>(unpacked_bytes)) + MeasureLowRank(chunk, z) +
+               MeasureWorkers(worker_bytes) + 64);
   x.data = arena_.Take<char>(static_cast<int64_t>(shared_bytes));
   act.data = arena_.Take<char>(act.bytes());
   if (act.token_group > 0) act.unpacked = arena_.Take<char>(unpacked_bytes);
+  TakeLowRank(chunk, &z);
   TakeWorkers(worker_bytes);
 
+  const LayerShape& shape = chunk.shape;
+  const ExpertLora& lora = chunk.call.lora;
   PackHidden(chunk, x);
-  GateUp(chunk, x, &act);
+  if (lora.rank > 0) MultiplyLowRank(chunk, x, lora.gate_up.a, shape.hidden, z);
+  GateUp(chunk, x, z, &act);
   if (act.unpacked != nullptr) PackActivations(chunk, act);
   float* const rows = reinterpret_cast<float*>(x.data);
-  Down(chunk, act, rows);
-  CombineRows(chunk, rows, ResultStride(chunk.shape.hidden), true, chunk.call.output);
+  if (lora.rank > 0) MultiplyLowRank(chunk, act, lora.down.a, shape.intermediate, z);
+  Down(chunk, act, z, rows);
+  CombineRows(chunk, rows, ResultStride(shape.hidden), true, chunk.call.output);
 }
 
-void Pass::GateUp(const Chunk& chunk, const Panels& x, const Panels* act) {
+void Pass::GateUp(const Chunk& chunk, const Panels& x, const LowRank& z, const Panels* act) {
   const ExpertLayer& layer = *chunk.call.layer;
   const LayerShape& shape = chunk.shape;
   const ActivateFn activate = kernels_.activate[shape.gated][static_cast<int>(shape.activation)];
@@ -65,10 +72,16 @@ void Pass::GateUp(const Chunk& chunk, const Panels& x, const Panels* act) {
     const int64_t i = weights[0].row;
     const int rows = weights[0].rows;
     char* const scratch = Worker(worker);
-    if (Few(block)) return GateUpFew(chunk, x, act, b, i, rows, reinterpret_cast<float*>(scratch));
+    if (Few(block)) return GateUpFew(chunk, x, z, act, b, i, rows, reinterpret_cast<float*>(scratch));
     const bool more = task + pool_.TaskStride() < tasks;  // most likely this worker's next
     if (more) rows_of(task + pool_.TaskStride(), &next[0], &next[1]);
     MultiplyRows(weights, shape.gated ? 2 : 1, more ? next : nullptr, shape.format, x, chunk, b, scratch);
+    if (z.stride > 0) {
+      const MatrixView view = LoraView(chunk.call.lora.gate_up.b, block.expert, pre_columns, chunk.call.lora.rank);
+      const WeightRows up_b{view, pre_columns - shape.intermediate + i, rows, chunk.call.lora.rank, nullptr};
+      const WeightRows both[2] = {up_b, {view, i, rows, chunk.call.lora.rank, nullptr}};
+      MultiplyRows(both, shape.gated ? 2 : 1, nullptr, Format::kBf16, z.panels, chunk, b, scratch, true);
+    }
     for (int64_t g = 0; g * width() < block.rows; ++g) {
       const Group group = GroupOf(block, g);
       const float* const up = ProductTile(scratch, 0, group.first);
@@ -87,7 +100,8 @@ void Pass::GateUp(const Chunk& chunk, const Panels& x, const Panels* act) {
   });
 }
 
-void Pass::GateUpFew(const Chunk& chunk, const Panels& x, const Panels* act, size_t b, int64_t i, int rows, float* c) {
+void Pass::GateUpFew(const Chunk& chunk, const Panels& x, const LowRank& z, const Panels* act, size_t b, int64_t i,
+                     int rows, float* c) {
   const ExpertLayer& layer = *chunk.call.layer;
   const LayerShape& shape = chunk.shape;
   const RowBlock& block = chunk.routing.blocks[b];
@@ -98,6 +112,10 @@ void Pass::GateUpFew(const Chunk& chunk, const Panels& x, const Panels* act, siz
     dot(layer.view(matrix, block.expert), i, rows, shape.hidden, x.Row(b, 0), x.row_stride, tokens, block.expert_rows,
         out, rows);
     if (bias != nullptr) AddBias(bias + i, tokens, rows, out, rows);
+    if (z.stride == 0) return;
+    const int64_t first = matrix == Matrix::kUp ? pre_columns - shape.intermediate : 0;
+    AddLowRankFew(chunk, z, chunk.call.lora.gate_up.b, pre_columns, b, first + i, rows, out, rows,
+                  c + 2 * tokens * rows);
   };
   float* const up = c;
   float* const gate = shape.gated ? c + tokens * rows : nullptr;
@@ -118,7 +136,7 @@ void Pass::GateUpFew(const Chunk& chunk, const Panels& x, const Panels* act, siz
   }
 }
 
-void Pass::Down(const Chunk& chunk, const Panels& act, float* out_rows) {
+void Pass::Down(const Chunk& chunk, const Panels& act, const LowRank& z, float* out_rows) {
   const ExpertLayer& layer = *chunk.call.layer;
   const LayerShape& shape = chunk.shape;
   const int64_t tasks_per_block = CeilDiv(shape.hidden, task_rows()), out_stride = ResultStride(shape.hidden);
@@ -142,11 +160,20 @@ void Pass::Down(const Chunk& chunk, const Panels& act, float* out_rows) {
                                                         act.Row(b, 0), act.row_stride, tokens, block.expert_rows,
                                                         block_out, out_stride);
       if (weights.bias != nullptr) AddBias(weights.bias, tokens, weights.rows, block_out, out_stride);
+      if (z.stride > 0)
+        AddLowRankFew(chunk, z, chunk.call.lora.down.b, shape.hidden, b, weights.row, weights.rows, block_out,
+                      out_stride, reinterpret_cast<float*>(Worker(worker)));
       return;
     }
     const bool more = task + pool_.TaskStride() < tasks;  // most likely this worker's next
     const WeightRows next = more ? rows_of(task + pool_.TaskStride()) : WeightRows{};
     MultiplyRows(&weights, 1, more ? &next : nullptr, shape.format, act, chunk, b, Worker(worker));
+    if (z.stride > 0) {
+      const int64_t rank = chunk.call.lora.rank;
+      const WeightRows of_b{LoraView(chunk.call.lora.down.b, block.expert, shape.hidden, rank), weights.row,
+                            weights.rows, rank, nullptr};
+      MultiplyRows(&of_b, 1, nullptr, Format::kBf16, z.panels, chunk, b, Worker(worker), true);
+    }
     for (int64_t g = 0; g * width() < block.rows; ++g) {
       const Group group = GroupOf(block, g);
       kernels_.transpose_to_float(ProductTile(Worker(worker), 0, group.first), group.width, weights.rows, group.rows,

@@ -16,10 +16,14 @@ constexpr int64_t kTokensPerTask = 16;
 int64_t Pass::TokensAtOnce(const LayerCall& call) const {
   const LayerShape& shape = call.layer->shape();
   const int64_t bytes = kernels_.element_bytes, parts = shape.gated ? 2 : 1;
+  const int64_t rank = call.lora.rank;
+  const int64_t low_rank = rank == 0 ? 0
+                                     : (RowStride(shape.intermediate) + Padded(shape.intermediate)) * bytes +
+                                           3 * (ResultStride(rank) * 4 + RowStride(rank) * bytes);
   // A row of dL/dx, of the gradients of pre-activations (forward's activations are shorter), of recomputed
   // pre-activations, and of sums for the router's gradient.
   const int64_t row = ResultStride(shape.hidden) * 4 + RowStride(parts * Padded(shape.intermediate)) * bytes +
-                      parts * shape.intermediate * 2 + shape.intermediate / 64 + 64;
+                      parts * shape.intermediate * 2 + shape.intermediate / 64 + 64 + low_rank;
   // What panels that are not full waste in each block.
   const int64_t waste = kernels_.lanes * (Padded(shape.hidden) + Padded(shape.intermediate)) * bytes + 128;
   // There are at most as many blocks as rows, and as experts and full blocks: either bound will do.
@@ -54,6 +58,10 @@ void Pass::Check(const LayerCall& call) const {
   if (call.compute == Compute::kInt8 && kernels_.decode_int8_rows[static_cast<int>(format)] == nullptr) {
     throw std::invalid_argument(std::string("kt_sft engine: there are no integer products with ") + FormatName(format));
   }
+  if (call.lora.rank == 0) return;
+  if (call.compute == Compute::kInt8) throw std::invalid_argument("kt_sft engine: integer products take no adapters");
+  if (call.lora.rank < 0 || call.lora.rank % ExpertLora::kRankStep != 0)
+    throw std::invalid_argument("kt_sft engine: the adapters' rank is not padded");
 }
 
 void Pass::Forward(const LayerCall& call) {
@@ -72,14 +80,16 @@ void Pass::TakeWorkers(size_t bytes) {
 }
 
 Pass::Panels Pass::LayOutPanels(const Chunk& chunk, Matrix matrix) const {
+  const bool int8 = chunk.call.compute == Compute::kInt8;
+  return LayOutPanels(chunk, chunk.call.layer->columns(matrix),
+                      int8 ? TokenGroup(chunk.call.layer->view(matrix, 0)) : 0);
+}
+
+Pass::Panels Pass::LayOutPanels(const Chunk& chunk, int64_t depth, int64_t token_group) const {
   const Routing& routing = chunk.routing;
-  const int64_t depth = chunk.call.layer->columns(matrix);
   Panels panels;
-  panels.depth = Padded(depth);
-  if (chunk.call.compute == Compute::kInt8) {
-    panels.token_group = TokenGroup(chunk.call.layer->view(matrix, 0));
-    panels.depth = TokenBytes(depth, panels.token_group) / kernels_.element_bytes;
-  }
+  panels.token_group = token_group;
+  panels.depth = token_group > 0 ? TokenBytes(depth, token_group) / kernels_.element_bytes : Padded(depth);
   panels.row_stride = RowStride(depth);
   panels.element_bytes = kernels_.element_bytes;
   for (const RowBlock& block : routing.blocks) {
@@ -135,7 +145,7 @@ Pass::Pieces Pass::CutProducts(const WeightRows* matrices, int count, int64_t gr
 }
 
 void Pass::MultiplyRows(const WeightRows* matrices, int count, const WeightRows* next, Format format,
-                        const Panels& panels, const Chunk& chunk, size_t b, char* scratch) const {
+                        const Panels& panels, const Chunk& chunk, size_t b, char* scratch, bool add) const {
   const RowBlock& block = chunk.routing.blocks[b];
   const int64_t groups = CeilDiv(block.rows, width()), bytes = kernels_.element_bytes;
   for (int m = 0; m < count; ++m) {
@@ -184,7 +194,7 @@ void Pass::MultiplyRows(const WeightRows* matrices, int count, const WeightRows*
                       groups * CeilDiv(piece.rows, kernels_.tile_rows) *
                           CeilDiv(piece.depths, token_group > 0 ? kQuad : kernels_.pair));
     }
-    const bool accumulate = w.bias != nullptr || piece.depth > 0;
+    const bool accumulate = add || w.bias != nullptr || piece.depth > 0;
     for (int64_t g = 0; g < groups; ++g) {
       const Group group = GroupOf(block, g);
       float* const c = ProductTile(scratch, piece.matrix, group.first) + piece.row * group.width;

@@ -11,6 +11,7 @@
 #include "cpu/memory.h"
 #include "cpu/thread_pool.h"
 #include "moe/layer.h"
+#include "moe/lora.h"
 #include "moe/routing.h"
 #include "tiers/tier.h"
 
@@ -29,6 +30,7 @@ struct LayerCall {
   const void* hidden = nullptr;      // [T, H]
   const int64_t* experts = nullptr;  // [T, K]
   const float* weights = nullptr;    // [T, K]
+  ExpertLora lora;                   // not with kInt8; backward then needs `hidden` in any case
 
   // What routed rows take in scratch at most; long calls are cut into chunks of tokens that need no more (but a token
   // at least). The panels of a task come on top, less than 1 MiB for each thread: they do not count, so that calls are
@@ -44,6 +46,7 @@ struct LayerCall {
   const void* output_grad = nullptr;  // backward: [T, H]
   void* hidden_grad = nullptr;        // backward: [T, H], null if not wanted
   float* weights_grad = nullptr;      // backward: [T, K], null if not wanted
+  LoraGradients lora_grads;           // backward: where there is `lora`
 };
 
 class Pass {
@@ -61,6 +64,8 @@ class Pass {
   struct Pieces;
   struct WeightColumns;
   struct Group;
+  struct LowRank;
+  struct OuterSum;
 
   int64_t TokensAtOnce(const LayerCall& call) const;
   template <class Function>
@@ -75,13 +80,15 @@ class Pass {
 
   // Stages, in the order of a pass. Each hands its tasks to the pool.
   void PackHidden(const Chunk& chunk, const Panels& x);
-  void GateUp(const Chunk& chunk, const Panels& x, const Panels* act);
-  void GateUpFew(const Chunk& chunk, const Panels& x, const Panels* act, size_t block, int64_t i, int rows, float* c);
-  void Down(const Chunk& chunk, const Panels& act, float* out_rows);
+  void GateUp(const Chunk& chunk, const Panels& x, const LowRank& z, const Panels* act);
+  void GateUpFew(const Chunk& chunk, const Panels& x, const LowRank& z, const Panels* act, size_t block, int64_t i,
+                 int rows, float* c);
+  void Down(const Chunk& chunk, const Panels& act, const LowRank& z, float* out_rows);
   void CombineRows(const Chunk& chunk, const float* rows, int64_t stride, bool weighted, void* out);
-  void PackOutputGrad(const Chunk& chunk, char* grad, int64_t stride);
-  void DownBackward(const Chunk& chunk, const char* grad, int64_t grad_stride, char* d_pre, float* inner);
-  void GateUpBackward(const Chunk& chunk, const char* d_pre, float* out_rows, int64_t out_stride);
+  void PackRows(const Chunk& chunk, const void* base, char* packed, int64_t stride);  // of a [T, H] tensor
+  void DownBackward(const Chunk& chunk, const char* grad, int64_t grad_stride, const LowRank& v, char* d_pre,
+                    float* inner);
+  void GateUpBackward(const Chunk& chunk, const char* d_pre, const LowRank& v, float* out_rows, int64_t out_stride);
   void CombineWeightsGrad(const Chunk& chunk, const float* inner);
 
   // Runs `tasks_per_block` tasks for each block, on the node where its expert's weights lie.
@@ -90,14 +97,15 @@ class Pass {
 
   // For the products with a matrix.
   Panels LayOutPanels(const Chunk& chunk, Matrix matrix) const;
+  Panels LayOutPanels(const Chunk& chunk, int64_t depth, int64_t token_group = 0) const;
   Group GroupOf(const RowBlock& block, int64_t index) const;
   Pieces CutProducts(const WeightRows* matrices, int count, int64_t groups, bool in_place, bool int8) const;
   static constexpr int64_t kFewGroups = 1;  // blocks of so many panels are of few tokens
   // Products of weight rows with all tokens of a block: matrix m's with the group whose first row is r are the FP32
-  // tile [rows][group width] at ProductTile(c, m, r). `next` (one for each matrix, or null) is what will be multiplied
-  // then.
+  // tile [rows][group width] at ProductTile(c, m, r), on top of what is there if `add`. `next` (one for each matrix, or
+  // null) is what will be multiplied then.
   void MultiplyRows(const WeightRows* matrices, int count, const WeightRows* next, Format format, const Panels& panels,
-                    const Chunk& chunk, size_t block, char* scratch) const;
+                    const Chunk& chunk, size_t block, char* scratch, bool add = false) const;
   // What products of integers need besides (int8.cc).
   void ActivateToRows(const Chunk& chunk, const Panels& act, size_t block, const Group& group, int64_t i, int rows,
                       const float* gate, const float* up, char* scratch) const;
@@ -113,6 +121,28 @@ class Pass {
   void MultiplyColumns(const WeightColumns& w, const WeightColumns* next, Format format, int64_t a_rows, const char* a,
                        int64_t a_stride, float* c, int64_t c_stride, bool accumulate, char* panels) const;
 
+  // Adapters (lora.cc). `z` are low-rank values, scale x A x, of forward's tokens; `v`, scale x B^T dy, of backward's.
+  static MatrixView LoraView(const Bf16* matrices, int64_t expert, int64_t rows, int64_t columns);
+  LowRank LayOutLowRank(const Chunk& chunk, bool plain) const;
+  static size_t MeasureLowRank(const Chunk& chunk, const LowRank& z);
+  void TakeLowRank(const Chunk& chunk, LowRank* z);
+  char* LowRankRow(const LowRank& v, int64_t row) const;
+  void Scale(float factor, int64_t count, float* row) const;
+  void MultiplyLowRank(const Chunk& chunk, const Panels& x, const Bf16* a, int64_t inputs, const LowRank& z);
+  void AddLowRankFew(const Chunk& chunk, const LowRank& z, const Bf16* matrices, int64_t outputs, size_t block,
+                     int64_t row, int rows, float* c, int64_t c_stride, float* scratch) const;
+  void Reactivate(const Chunk& chunk, char* rows, int64_t stride, const Panels& act);
+  // v (+)= grad * B's rows [first_row, first_row + rows).
+  void MultiplyByB(const Chunk& chunk, const Bf16* matrices, int64_t outputs, int64_t first_row, int64_t rows,
+                   const char* grad, int64_t grad_stride, bool accumulate, const LowRank& v);
+  void PackLowRankRows(const Chunk& chunk, const LowRank& v);
+  void WeighLowRank(const Chunk& chunk, const LowRank& z);
+  void PanelsOfRows(const char* rows, int64_t stride, int64_t count, int64_t columns, char* panels,
+                    int64_t panel_elements) const;
+  size_t OuterWorkerBytes(int64_t rank) const;
+  void AddOuter(const Chunk& chunk, const LowRank& left, const char* right, int64_t right_stride, int64_t columns,
+                const OuterSum& to);
+
   void EndProducts() const {
     if (kernels_.end_products != nullptr) kernels_.end_products();
   }
@@ -121,8 +151,8 @@ class Pass {
   // every tier's vector length, so that transposed results are stored in whole vectors.
   static constexpr int64_t kTilesPerTask = 4;
   int64_t task_rows() const { return kTilesPerTask * kernels_.tile_rows; }
-  // Blocks of few rows are multiplied along the depth, straight from the stored rows. The rows of the whole call decide:
-  // sums are formed in another order, and a token's bits must not depend on how the call is cut.
+  // Blocks of few rows are multiplied along the depth, straight from the stored rows. The rows of the whole call
+  // decide: sums are formed in another order, and a token's bits must not depend on how the call is cut.
   bool Few(const RowBlock& block) const { return block.expert_rows <= MostFewRows(kernels_.lanes); }
 
   // Products are cut along the depth so that a task's decoded rows and what one panel contributes both stay in L1.

@@ -43,6 +43,20 @@ struct Pass::Panels {
   char* Row(size_t block, int64_t row) const { return data + (first[block] + row * row_stride) * element_bytes; }
 };
 
+// Low-rank values of routed rows: as FP32 rows, and as the operand of the next product, panels or plain rows.
+struct Pass::LowRank {
+  int64_t stride = 0;  // of rows; 0: there is no adapter
+  float* rows = nullptr;
+  Panels panels;
+};
+
+// A gradient, FP32 [E, rank, columns] or its transpose, and how far experts lie apart.
+struct Pass::OuterSum {
+  float* values;
+  int64_t expert_stride;
+  bool transposed;
+};
+
 // Weight rows that meet the tokens of one block.
 struct Pass::WeightRows {
   MatrixView view;
@@ -50,6 +64,13 @@ struct Pass::WeightRows {
   int rows;
   int64_t columns;
   const float* bias;  // of these rows, null if there is none
+};
+
+// The columns of a matrix that a task multiplies by, all rows of it.
+struct Pass::WeightColumns {
+  MatrixView view;
+  int64_t rows;
+  int64_t column, columns;
 };
 
 // A piece of a matrix to be asked for while `steps` steps of products are done.
