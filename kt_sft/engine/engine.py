@@ -27,8 +27,7 @@ def get_engine(num_threads: int | None = None) -> Any:
     """The running engine for that many threads, started on first use.
 
     There is one for each number of threads and tier asked for, usually one in all. A forked child, which has none of
-    its
-    parent's threads, starts its own.
+    its parent's threads, starts its own.
 
     Args:
         num_threads: None for this process's share of the machine's CPUs, as it is on first use.
@@ -98,8 +97,7 @@ def _stop() -> None:
 
 def _forget() -> None:
     # In a forked child: the parent's threads are not here, and the lock may have been held by one of them. The native
-    # side
-    # never destroys an engine in a process that did not start it.
+    # side never destroys an engine in a process that did not start it.
     global _lock
     _lock = threading.Lock()
     _requests.clear()
