@@ -140,7 +140,7 @@ class LoraRow {
   void AddTo(LoraExpected* to, size_t slot) const {
     const int64_t hidden = p.sizes.hidden, intermediate = p.sizes.intermediate, rank = lora_.rank;
     const int64_t parts = p.options.gated ? 2 : 1, pre_columns = parts * intermediate;
-    const Bounded weight{weight_, 0}, scale{lora_.scale, 0};
+    const Bounded weight{weight_, 0};
     const double input = p.options.type == DType::kBf16 ? 0 : element_;
     std::vector<Bounded> x, dy;
     for (int64_t h = 0; h < hidden; ++h) {
@@ -165,6 +165,7 @@ class LoraRow {
                                pre[At(i + pre_columns - intermediate)]);
     };
     std::vector<Bounded> act;
+    act.reserve(At(intermediate));
     for (int64_t i = 0; i < intermediate; ++i) act.push_back(Rounded(activated(i).act, element_));
     const std::vector<Bounded> down_z = Packed(TimesA(lora_.down_a, act, intermediate));
     for (int64_t h = 0; h < hidden; ++h) {
