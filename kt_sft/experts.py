@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from kt_sft.config import KTConfig
 from kt_sft.engine.engine import get_engine
+from kt_sft.engine.low_rank import LowRank
 from kt_sft.engine.store import LayerStore, dtype_name
 
 
@@ -163,7 +164,13 @@ class CpuExperts(nn.Module):
     Args:
         store: The layer's weights.
         config: Settings.
+
+    Attributes:
+        merged: What merging adapters left behind. The weights themselves are frozen and rounded, so the engine goes on
+            computing them plus this, in both passes; saving writes the source's weights plus `merged.delta`.
     """
+
+    merged: LowRank | None = None
 
     def __init__(self, store: LayerStore, config: KTConfig) -> None:
         super().__init__()
