@@ -8,6 +8,7 @@
 
 #include <memory>
 #include <optional>
+#include <tuple>
 
 #include "cpu/topology.h"
 #include "moe/engine.h"
@@ -141,6 +142,29 @@ LayerCall MakeCall(const ExpertLayer& layer, int64_t tokens, int64_t slots, cons
   return call;
 }
 
+// Adapters in the engine's own format (moe/lora.h), as Python holds them: the padded rank, the scale and four
+// addresses.
+using LoraAddresses = std::tuple<int64_t, float, uintptr_t, uintptr_t, uintptr_t, uintptr_t>;
+// FP32 gradients of gate_up's A and B, and of down's.
+using LoraGradientAddresses = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t>;
+
+ExpertLora MakeLora(const std::optional<LoraAddresses>& given) {
+  ExpertLora lora;
+  if (!given) return lora;
+  const auto& [rank, scale, gate_up_a, gate_up_b, down_a, down_b] = *given;
+  lora.rank = rank;
+  lora.scale = scale;
+  lora.gate_up = {Pointer<Bf16>(gate_up_a), Pointer<Bf16>(gate_up_b)};
+  lora.down = {Pointer<Bf16>(down_a), Pointer<Bf16>(down_b)};
+  return lora;
+}
+
+LoraGradients MakeLoraGradients(const std::optional<LoraGradientAddresses>& given) {
+  if (!given) return {};
+  const auto& [gate_up_a, gate_up_b, down_a, down_b] = *given;
+  return {Pointer<float>(gate_up_a), Pointer<float>(gate_up_b), Pointer<float>(down_a), Pointer<float>(down_b)};
+}
+
 void BindLayer(py::module_& m) {
   py::class_<ExpertLayer>(m, "ExpertLayer")
       .def(py::init([](int64_t experts, int64_t hidden, int64_t intermediate, const std::string& activation, bool gated,
@@ -210,23 +234,27 @@ void BindEngine(py::module_& m) {
           "submit_forward",
           [](Engine& engine, const ExpertLayer& layer, int64_t tokens, int64_t slots, const std::string& dtype,
              uintptr_t hidden, uintptr_t experts, uintptr_t weights, uintptr_t retained, int64_t scratch_bytes,
-             const std::string& compute, uintptr_t output, py::object held) {
+             const std::string& compute, uintptr_t output, const std::optional<LoraAddresses>& lora, py::object held) {
             LayerCall call =
                 MakeCall(layer, tokens, slots, dtype, hidden, experts, weights, retained, scratch_bytes, compute);
+            call.lora = MakeLora(lora);
             call.output = Pointer<void>(output);
             return std::make_unique<HeldTicket>(engine.SubmitForward(call), std::move(held));
           },
           py::kw_only(), py::arg("layer"), py::arg("tokens"), py::arg("slots"), py::arg("dtype"), py::arg("hidden"),
           py::arg("experts"), py::arg("weights"), py::arg("retained"), py::arg("scratch_bytes"), py::arg("compute"),
-          py::arg("output"), py::arg("held"))
+          py::arg("output"), py::arg("lora") = py::none(), py::arg("held"))
       .def(
           "submit_backward",
           [](Engine& engine, const ExpertLayer& layer, int64_t tokens, int64_t slots, const std::string& dtype,
              uintptr_t hidden, uintptr_t experts, uintptr_t weights, uintptr_t retained, int64_t scratch_bytes,
              const std::string& compute, uintptr_t output_grad, uintptr_t hidden_grad, uintptr_t weights_grad,
+             const std::optional<LoraAddresses>& lora, const std::optional<LoraGradientAddresses>& lora_grads,
              py::object held) {
             LayerCall call =
                 MakeCall(layer, tokens, slots, dtype, hidden, experts, weights, retained, scratch_bytes, compute);
+            call.lora = MakeLora(lora);
+            call.lora_grads = MakeLoraGradients(lora_grads);
             call.output_grad = Pointer<void>(output_grad);
             call.hidden_grad = Pointer<void>(hidden_grad);
             call.weights_grad = Pointer<float>(weights_grad);
@@ -234,7 +262,8 @@ void BindEngine(py::module_& m) {
           },
           py::kw_only(), py::arg("layer"), py::arg("tokens"), py::arg("slots"), py::arg("dtype"), py::arg("hidden"),
           py::arg("experts"), py::arg("weights"), py::arg("retained"), py::arg("scratch_bytes"), py::arg("compute"),
-          py::arg("output_grad"), py::arg("hidden_grad"), py::arg("weights_grad"), py::arg("held"))
+          py::arg("output_grad"), py::arg("hidden_grad"), py::arg("weights_grad"), py::arg("lora") = py::none(),
+          py::arg("lora_grads") = py::none(), py::arg("held"))
       .def("stats",
            [](const Engine& engine) {
              const EngineStats stats = engine.stats();

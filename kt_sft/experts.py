@@ -5,155 +5,18 @@ Shape letters: T tokens, K experts per token, E experts, H hidden size, I expert
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
+from kt_sft.autograd import Await, CallTensors, Link, Submit, Wanted
 from kt_sft.config import KTConfig
 from kt_sft.engine.engine import get_engine
 from kt_sft.engine.low_rank import LowRank
+from kt_sft.engine.operands import OperandCache, Operands, Term
 from kt_sft.engine.store import LayerStore, dtype_name
-
-
-@dataclasses.dataclass(frozen=True)
-class _Tensors:
-    """What one forward of a layer reads and writes, on the CPU."""
-
-    x_TH: Tensor  # in the hidden states' dtype
-    idx_TK: Tensor  # int64
-    w_TK: Tensor  # FP32
-    y_TH: Tensor  # written by the engine
-    pre_SI: Tensor | None  # retained pre-activations, BF16 [T·K, 2I]; None: not wanted, or to be recomputed
-
-
-@dataclasses.dataclass
-class _Backward:
-    """One backward of a call that the engine is working on, and the gradients it writes."""
-
-    ticket: Any
-    x_grad: Tensor | None
-    w_grad: Tensor | None
-
-
-@dataclasses.dataclass
-class _Link:
-    """What the two nodes of one call share.
-
-    A graph may be walked more than once, even by several threads at a time, so each backward has a number. It travels
-    from `_Await`'s backward to `_Submit`'s as the gradient of the scalar that ties the two nodes together.
-    """
-
-    experts: CpuExperts
-    ticket: Any = None  # of the forward
-    backwards: dict[int, _Backward] = dataclasses.field(default_factory=dict)
-    numbers: Iterator[int] = dataclasses.field(default_factory=itertools.count)
-
-
-class _Submit(torch.autograd.Function):
-    """Hands the tokens to the engine; its backward awaits the gradients that `_Await`'s backward asked for.
-
-    What is computed between the two nodes runs beside the engine in forward, and autograd, which runs nodes in reverse,
-    lets the same work run beside it in backward.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, hidden_states: Tensor, top_k_weights: Tensor, tensors: _Tensors, link: _Link) -> Tensor:
-        ctx.link = link
-        ctx.device = hidden_states.device
-        ctx.weights_device, ctx.weights_dtype = top_k_weights.device, top_k_weights.dtype
-        tokens, slots = tensors.idx_TK.shape
-        link.ticket = link.experts.engine.submit_forward(
-            layer=link.experts.store.native,
-            tokens=tokens,
-            slots=slots,
-            dtype=dtype_name(tensors.x_TH.dtype, "hidden_states"),
-            hidden=tensors.x_TH.data_ptr(),
-            experts=tensors.idx_TK.data_ptr(),
-            weights=tensors.w_TK.data_ptr(),
-            retained=_address(tensors.pre_SI),
-            scratch_bytes=link.experts.config.scratch_mb << 20,
-            compute=link.experts.config.compute,
-            output=tensors.y_TH.data_ptr(),
-            held=(tensors, link.experts.store.native),
-        )
-        # Ties the two nodes together. Its gradient is a number, exact in float64 (see _Link).
-        return torch.zeros((), dtype=torch.float64)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, number: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        pending = ctx.link.backwards.pop(int(number))
-        pending.ticket.wait()
-        x_grad, w_grad = pending.x_grad, pending.w_grad
-        if x_grad is not None:
-            x_grad = x_grad.to(ctx.device)
-        if w_grad is not None:
-            w_grad = w_grad.to(ctx.weights_device, ctx.weights_dtype)
-        return x_grad, w_grad, None, None
-
-
-class _Await(torch.autograd.Function):
-    """Turns a submitted call into its output; its backward hands the output's gradient to the engine."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        _: Tensor,
-        tensors: _Tensors,
-        link: _Link,
-        device: torch.device,
-        x_wanted: bool,
-        w_wanted: bool,
-    ) -> Tensor:
-        ticket, link.ticket = link.ticket, None
-        ticket.wait()
-        ctx.link = link
-        ctx.device = device
-        ctx.wanted = (x_wanted, w_wanted)
-        # With retained pre-activations backward needs no hidden states. Shapes do not depend on the routing, as
-        # non-reentrant checkpointing demands.
-        x_TH = tensors.x_TH if tensors.pre_SI is None else None
-        ctx.save_for_backward(x_TH, tensors.idx_TK, tensors.w_TK, tensors.pre_SI)
-        return tensors.y_TH.to(device)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, y_grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
-        link = ctx.link
-        x_TH, idx_TK, w_TK, pre_SI = ctx.saved_tensors
-        x_wanted, w_wanted = ctx.wanted
-        dy_TH = y_grad.detach().to("cpu").contiguous()
-        dx_TH = torch.empty_like(dy_TH) if x_wanted else None
-        dw_TK = torch.empty_like(w_TK) if w_wanted else None
-        tokens, slots = idx_TK.shape
-        ticket = link.experts.engine.submit_backward(
-            layer=link.experts.store.native,
-            tokens=tokens,
-            slots=slots,
-            dtype=dtype_name(dy_TH.dtype, "the output's gradient"),
-            hidden=_address(x_TH),
-            experts=idx_TK.data_ptr(),
-            weights=w_TK.data_ptr(),
-            retained=_address(pre_SI),
-            scratch_bytes=link.experts.config.scratch_mb << 20,
-            compute=link.experts.config.compute,
-            output_grad=dy_TH.data_ptr(),
-            hidden_grad=_address(dx_TH),
-            weights_grad=_address(dw_TK),
-            held=(x_TH, idx_TK, w_TK, pre_SI, dy_TH, dx_TH, dw_TK, link.experts.store.native),
-        )
-        number = next(link.numbers)
-        link.backwards[number] = _Backward(ticket, dx_TH, dw_TK)
-        return torch.tensor(number, dtype=torch.float64), None, None, None, None, None
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 class CpuExperts(nn.Module):
@@ -179,6 +42,7 @@ class CpuExperts(nn.Module):
         self.num_experts = store.num_experts
         self.hidden_dim = store.hidden_size
         self.intermediate_dim = store.intermediate_size
+        self._operands = OperandCache()
 
     @classmethod
     def from_weights(
@@ -244,13 +108,16 @@ class CpuExperts(nn.Module):
         """
         return self.store.dequantized()
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    def forward(
+        self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, adapters: Sequence[Term] = ()
+    ) -> Tensor:
         """Sums each token's experts, weighted.
 
         Args:
             hidden_states: [T, H], FP32, FP16 or BF16, on any device.
             top_k_index: [T, K] int32 or int64 in [0, E]; E stands for "no expert".
             top_k_weights: [T, K], any float dtype.
+            adapters: What adapters add to the experts' weights, on top of `merged`.
 
         Returns:
             [T, H] with the dtype and device of `hidden_states`.
@@ -261,17 +128,30 @@ class CpuExperts(nn.Module):
             IndexError: An index is out of range.
         """
         self._check_inputs(hidden_states, top_k_index, top_k_weights)
-        grad_wanted = torch.is_grad_enabled()
-        x_wanted = grad_wanted and hidden_states.requires_grad
-        w_wanted = grad_wanted and top_k_weights.requires_grad
-        tensors = self._tensors(hidden_states, top_k_index, top_k_weights, backward_wanted=x_wanted or w_wanted)
-        link = _Link(self)
-        submitted = _Submit.apply(hidden_states, top_k_weights, tensors, link)
-        return _Await.apply(submitted, tensors, link, hidden_states.device, x_wanted, w_wanted)
+        terms = [*adapters, *([] if self.merged is None else [Term.of(self.merged)])]
+        factors = [tensor for term in terms for tensor in term.tensors]
+        grads = torch.is_grad_enabled()
+        wanted = Wanted(
+            x=grads and hidden_states.requires_grad,
+            w=grads and top_k_weights.requires_grad,
+            adapters=grads and any(tensor.requires_grad for tensor in factors),
+        )
+        tensors = self._tensors(hidden_states, top_k_index, top_k_weights, backward_wanted=bool(wanted))
+        link = Link(self, terms, self._operands_of(terms))
+        submitted = Submit.apply(hidden_states, top_k_weights, tensors, link, *factors)
+        return Await.apply(submitted, tensors, link, hidden_states.device, wanted)
+
+    def _operands_of(self, terms: Sequence[Term]) -> Operands | None:
+        if not terms:
+            return None
+        rows = self.intermediate_dim * (2 if self.store.gated else 1)
+        return self._operands.operands(
+            terms, (rows, self.hidden_dim), (self.hidden_dim, self.intermediate_dim), self.num_experts
+        )
 
     def _tensors(
         self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, backward_wanted: bool
-    ) -> _Tensors:
+    ) -> CallTensors:
         x_TH = hidden_states.detach().to("cpu").contiguous()
         idx_TK = top_k_index.detach().to("cpu", torch.int64).contiguous()
         w_TK = top_k_weights.detach().to("cpu", torch.float32).contiguous()
@@ -286,7 +166,7 @@ class CpuExperts(nn.Module):
         if backward_wanted and self.config.activation_policy == "retain":
             columns = self.intermediate_dim * (2 if self.store.gated else 1)
             pre_SI = torch.from_numpy(self.engine.take_bf16(idx_TK.numel(), columns)).view(torch.bfloat16)
-        return _Tensors(x_TH, idx_TK, w_TK, torch.empty_like(x_TH), pre_SI)
+        return CallTensors(x_TH, idx_TK, w_TK, torch.empty_like(x_TH), pre_SI)
 
     def _check_inputs(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> None:
         if hidden_states.dim() != 2 or hidden_states.shape[1] != self.hidden_dim:

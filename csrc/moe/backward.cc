@@ -33,10 +33,12 @@ void Pass::BackwardChunk(const Chunk& given) {
 
   Panels x = LayOutPanels(chunk, Matrix::kUp), act = LayOutPanels(chunk, Matrix::kDown);
   LowRank z = LayOutLowRank(chunk, false), down_z = z, v = LayOutLowRank(chunk, true);
-  const bool recompute = chunk.retained == nullptr, hidden = recompute || lora.rank > 0;
+  // Adapters that are not trained have no gradients, which are all that needs activations and hidden states again.
+  const bool trained = lora.rank > 0 && chunk.call.lora_grads.gate_up_a != nullptr;
+  const bool recompute = chunk.retained == nullptr, hidden = recompute || trained;
   const int64_t retained_bytes = recompute ? rows * chunk.pre_columns() * 2 : 0;
-  const int64_t act_stride = RowStride(shape.intermediate), act_bytes = lora.rank > 0 ? act.bytes() : 0;
-  const int64_t act_row_bytes = lora.rank > 0 ? rows * act_stride * bytes : 0;
+  const int64_t act_stride = RowStride(shape.intermediate), act_bytes = trained ? act.bytes() : 0;
+  const int64_t act_row_bytes = trained ? rows * act_stride * bytes : 0;
   // Used one after the other: hidden panels (to recompute), rows of dL/dy, of hidden, of dL/dx.
   const int64_t shared_bytes = std::max({hidden ? x.bytes() : 0, rows * grad_stride * bytes, rows * out_stride * 4});
   arena_.Reset(Arena::Measure(static_cast<size_t>(shared_bytes)) + Arena::Measure(static_cast<size_t>(d_pre_bytes)) +
@@ -65,9 +67,11 @@ void Pass::BackwardChunk(const Chunk& given) {
     GateUp(chunk, x, z, nullptr);
   }
   PackRows(chunk, chunk.call.output_grad, shared, grad_stride);
-  if (lora.rank > 0) {
+  if (trained) {
     Reactivate(chunk, act_rows, act_stride, act);
     MultiplyLowRank(chunk, act, lora.down.a, shape.intermediate, down_z);
+  }
+  if (lora.rank > 0) {
     MultiplyByB(chunk, lora.down.b, shape.hidden, 0, shape.hidden, shared, grad_stride, false, v);
     PackLowRankRows(chunk, v);
   }
@@ -76,21 +80,26 @@ void Pass::BackwardChunk(const Chunk& given) {
   if (lora.rank > 0) {
     const LoraGradients& to = chunk.call.lora_grads;
     const int64_t padded = Padded(shape.intermediate), d_pre_stride = RowStride(parts * padded);
-    WeighLowRank(chunk, down_z);
-    AddOuter(chunk, down_z, shared, grad_stride, shape.hidden, {to.down_b, shape.hidden * lora.rank, true});
-    WeighLowRank(chunk, v);
-    AddOuter(chunk, v, act_rows, act_stride, shape.intermediate, {to.down_a, shape.intermediate * lora.rank, false});
+    if (trained) {
+      WeighLowRank(chunk, down_z);
+      AddOuter(chunk, down_z, shared, grad_stride, shape.hidden, {to.down_b, shape.hidden * lora.rank, true});
+      WeighLowRank(chunk, v);
+      AddOuter(chunk, v, act_rows, act_stride, shape.intermediate, {to.down_a, shape.intermediate * lora.rank, false});
+    }
     for (int64_t part = 0; part < parts; ++part) {
       const char* const of_part = d_pre + part * padded * bytes;
       const int64_t first = part * shape.intermediate;
       MultiplyByB(chunk, lora.gate_up.b, chunk.pre_columns(), first, shape.intermediate, of_part, d_pre_stride,
                   part > 0, v);
+      if (!trained) continue;
       AddOuter(chunk, z, of_part, d_pre_stride, shape.intermediate,
                {to.gate_up_b + first * lora.rank, chunk.pre_columns() * lora.rank, true});
     }
     PackLowRankRows(chunk, v);
-    PackRows(chunk, chunk.call.hidden, shared, grad_stride);
-    AddOuter(chunk, v, shared, grad_stride, shape.hidden, {to.gate_up_a, shape.hidden * lora.rank, false});
+    if (trained) {
+      PackRows(chunk, chunk.call.hidden, shared, grad_stride);
+      AddOuter(chunk, v, shared, grad_stride, shape.hidden, {to.gate_up_a, shape.hidden * lora.rank, false});
+    }
   }
   if (chunk.call.hidden_grad == nullptr) return;
   float* const out_rows = reinterpret_cast<float*>(shared);

@@ -24,7 +24,8 @@ struct ExpertLora {
   LoraPair down;
 };
 
-// What backward adds the matrices' gradients to, FP32 in their shapes. Experts without tokens are left alone.
+// What backward adds the matrices' gradients to, FP32 in their shapes; all of them, or none if they are not wanted.
+// Experts without tokens are left alone.
 struct LoraGradients {
   float* gate_up_a = nullptr;
   float* gate_up_b = nullptr;

@@ -64,7 +64,7 @@ struct LoraOutputs {
 };
 
 LoraOutputs RunLora(const Problem& p, const Adapter& adapter, const TierKernels& kernels, int threads, bool retain,
-                    int64_t scratch_bytes = int64_t{1} << 30) {
+                    int64_t scratch_bytes = int64_t{1} << 30, bool trained = true) {
   ThreadPool pool(threads, {});
   Pass pass(kernels, pool);
   LoraOutputs out;
@@ -91,8 +91,9 @@ LoraOutputs RunLora(const Problem& p, const Adapter& adapter, const TierKernels&
   call.output_grad = p.dy.data();
   call.hidden_grad = out.dx.data();
   call.weights_grad = out.dw.data();
-  call.lora_grads = {out.gate_up_a.data(), out.gate_up_b.data(), out.down_a.data(), out.down_b.data()};
+  if (trained) call.lora_grads = {out.gate_up_a.data(), out.gate_up_b.data(), out.down_a.data(), out.down_b.data()};
   pass.Forward(call);
+  if (!trained && retain) call.hidden = nullptr;  // not needed then
   pass.Backward(call);
   return out;
 }
@@ -373,6 +374,19 @@ TEST(ExpertsWithoutTokensAreLeftAlone) {
   CHECK(all_untouched(out.gate_up_a, 2) && all_untouched(out.gate_up_b, 2));
   CHECK(all_untouched(out.down_a, 2) && all_untouched(out.down_b, 2));
   CHECK(!all_untouched(out.gate_up_a, 1) && !all_untouched(out.down_b, 1));
+}
+
+TEST(GradientsThatAreNotWantedChangeNothingElse) {
+  std::mt19937 random(7);
+  const Problem p = testing::MakeProblem({70, 2, 3, 48, 36}, {DType::kBf16}, random);
+  const Adapter adapter = MakeAdapter(p, 4, 1.0F, random);
+  for (const testing::TestedTier& tier : testing::CpuTiers()) {
+    const LoraOutputs trained = RunLora(p, adapter, *tier.kernels, 2, true);
+    for (const bool retain : {true, false}) {
+      const LoraOutputs frozen = RunLora(p, adapter, *tier.kernels, 2, retain, int64_t{1} << 30, false);
+      CHECK_MESSAGE(frozen.SameButGradients(trained), tier.name + " differs");
+    }
+  }
 }
 
 TEST(WhatIsNotPossibleIsRefused) {

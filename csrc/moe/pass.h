@@ -30,7 +30,7 @@ struct LayerCall {
   const void* hidden = nullptr;      // [T, H]
   const int64_t* experts = nullptr;  // [T, K]
   const float* weights = nullptr;    // [T, K]
-  ExpertLora lora;                   // not with kInt8; backward then needs `hidden` in any case
+  ExpertLora lora;                   // not with kInt8; its gradients need `hidden` in any case
 
   // What routed rows take in scratch at most; long calls are cut into chunks of tokens that need no more (but a token
   // at least). The panels of a task come on top, less than 1 MiB for each thread: they do not count, so that calls are
@@ -46,7 +46,7 @@ struct LayerCall {
   const void* output_grad = nullptr;  // backward: [T, H]
   void* hidden_grad = nullptr;        // backward: [T, H], null if not wanted
   float* weights_grad = nullptr;      // backward: [T, K], null if not wanted
-  LoraGradients lora_grads;           // backward: where there is `lora`
+  LoraGradients lora_grads;           // backward: of `lora`, null if not wanted
 };
 
 class Pass {

@@ -185,7 +185,7 @@ class TestAutograd:
                 order.append("shared")
                 return grad
 
-        for node, name in ((module._Await, "submit backward"), (module._Submit, "await gradients")):
+        for node, name in ((module.Await, "submit backward"), (module.Submit, "await gradients")):
             original = node.backward
 
             def spy(*args, original=original, name=name):
@@ -195,10 +195,10 @@ class TestAutograd:
             monkeypatch.setattr(node, "backward", staticmethod(spy))
         x = inputs[0].clone().requires_grad_()
         tensors = experts._tensors(x, *inputs[1:], backward_wanted=True)
-        link = module._Link(experts)
-        submitted = module._Submit.apply(x, inputs[2], tensors, link)
+        link = module.Link(experts)
+        submitted = module.Submit.apply(x, inputs[2], tensors, link)
         shared = Shared.apply(x)
-        y = module._Await.apply(submitted, tensors, link, x.device, True, False)
+        y = module.Await.apply(submitted, tensors, link, x.device, module.Wanted(x=True, w=False, adapters=False))
         (y + shared).sum().backward()
         assert order == ["submit backward", "shared", "await gradients"]
 

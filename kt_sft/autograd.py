@@ -1,0 +1,196 @@
+"""The pair of autograd nodes that a call of CpuExperts is: one submits it to the engine, one awaits it.
+
+Shape letters: T tokens, K experts per token, H hidden size, I expert intermediate size, S = T·K.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from kt_sft.engine.operands import Operands, Term, split_gradients
+from kt_sft.engine.store import dtype_name
+
+if TYPE_CHECKING:
+    from kt_sft.experts import CpuExperts
+
+
+@dataclasses.dataclass(frozen=True)
+class CallTensors:
+    """What one forward of a layer reads and writes, on the CPU."""
+
+    x_TH: Tensor  # in the hidden states' dtype
+    idx_TK: Tensor  # int64
+    w_TK: Tensor  # FP32
+    y_TH: Tensor  # written by the engine
+    pre_SI: Tensor | None  # retained pre-activations, BF16 [T·K, 2I]; None: not wanted, or to be recomputed
+
+
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """Of what a call must give gradients."""
+
+    x: bool
+    w: bool
+    adapters: bool
+
+    def __bool__(self) -> bool:
+        return self.x or self.w or self.adapters
+
+
+@dataclasses.dataclass
+class _Backward:
+    """One backward of a call that the engine is working on, and the gradients it writes."""
+
+    ticket: Any
+    x_grad: Tensor | None
+    w_grad: Tensor | None
+    adapter_grads: tuple[Tensor, ...] | None
+
+
+@dataclasses.dataclass
+class Link:
+    """What the two nodes of one call share.
+
+    A graph may be walked more than once, even by several threads at a time, so each backward has a number. It travels
+    from `Await`'s backward to `Submit`'s as the gradient of the scalar that ties the two nodes together.
+    """
+
+    experts: CpuExperts
+    terms: Sequence[Term] = ()
+    operands: Operands | None = None  # of `terms`: backward reads what forward did, whatever has become of them since
+    ticket: Any = None  # of the forward
+    backwards: dict[int, _Backward] = dataclasses.field(default_factory=dict)
+    numbers: Iterator[int] = dataclasses.field(default_factory=itertools.count)
+
+    def settings(self) -> dict[str, Any]:
+        """What forward and backward of a call have in common."""
+        return {
+            "layer": self.experts.store.native,
+            "scratch_bytes": self.experts.config.scratch_mb << 20,
+            "compute": self.experts.config.compute,
+            "lora": None if self.operands is None else self.operands.native,
+        }
+
+
+class Submit(torch.autograd.Function):
+    """Hands the tokens to the engine; its backward awaits the gradients that `Await`'s backward asked for.
+
+    What is computed between the two nodes runs beside the engine in forward, and autograd, which runs nodes in reverse,
+    lets the same work run beside it in backward.
+
+    `adapters` are the tensors of `link.terms`: the engine reads copies of them, autograd takes their gradients here.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_states: Tensor, top_k_weights: Tensor, tensors: CallTensors, link: Link, *adapters: Tensor
+    ) -> Tensor:
+        """Gives the scalar that `Await` takes."""
+        ctx.link = link
+        ctx.device = hidden_states.device
+        ctx.weights_device, ctx.weights_dtype = top_k_weights.device, top_k_weights.dtype
+        ctx.adapter_devices = [tensor.device for tensor in adapters]
+        tokens, slots = tensors.idx_TK.shape
+        link.ticket = link.experts.engine.submit_forward(
+            **link.settings(),
+            tokens=tokens,
+            slots=slots,
+            dtype=dtype_name(tensors.x_TH.dtype, "hidden_states"),
+            hidden=tensors.x_TH.data_ptr(),
+            experts=tensors.idx_TK.data_ptr(),
+            weights=tensors.w_TK.data_ptr(),
+            retained=_address(tensors.pre_SI),
+            output=tensors.y_TH.data_ptr(),
+            held=(tensors, link.experts.store.native, link.operands),
+        )
+        # Ties the two nodes together. Its gradient is a number, exact in float64 (see Link).
+        return torch.zeros((), dtype=torch.float64)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, number: Tensor) -> tuple[Tensor | None, ...]:
+        """Takes the number of the backward; gives the gradients that the engine has computed for it."""
+        pending = ctx.link.backwards.pop(int(number))
+        pending.ticket.wait()
+        x_grad, w_grad = pending.x_grad, pending.w_grad
+        if x_grad is not None:
+            x_grad = x_grad.to(ctx.device)
+        if w_grad is not None:
+            w_grad = w_grad.to(ctx.weights_device, ctx.weights_dtype)
+        adapter_grads: list[Tensor | None] = [None] * len(ctx.adapter_devices)
+        if pending.adapter_grads is not None:
+            split = split_gradients(ctx.link.terms, pending.adapter_grads)
+            adapter_grads = [
+                grad.to(device) if wanted else None
+                for grad, device, wanted in zip(split, ctx.adapter_devices, ctx.needs_input_grad[4:], strict=True)
+            ]
+        return x_grad, w_grad, None, None, *adapter_grads
+
+
+class Await(torch.autograd.Function):
+    """Turns a submitted call into its output; its backward hands the output's gradient to the engine."""
+
+    @staticmethod
+    def forward(ctx: Any, _: Tensor, tensors: CallTensors, link: Link, device: torch.device, wanted: Wanted) -> Tensor:
+        """Gives the output, [T, H], once the engine is done with it."""
+        ticket, link.ticket = link.ticket, None
+        ticket.wait()
+        ctx.link = link
+        ctx.wanted = wanted
+        # With retained pre-activations only adapters' gradients need hidden states. Shapes do not depend on the
+        # routing, as non-reentrant checkpointing demands.
+        x_TH = tensors.x_TH if tensors.pre_SI is None or wanted.adapters else None
+        ctx.save_for_backward(x_TH, tensors.idx_TK, tensors.w_TK, tensors.pre_SI)
+        return tensors.y_TH.to(device)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, y_grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        """Takes the output's gradient; gives the number of the backward that the engine has begun."""
+        link, wanted = ctx.link, ctx.wanted
+        x_TH, idx_TK, w_TK, pre_SI = ctx.saved_tensors
+        dy_TH = y_grad.detach().to("cpu").contiguous()
+        dx_TH = torch.empty_like(dy_TH) if wanted.x else None
+        dw_TK = torch.empty_like(w_TK) if wanted.w else None
+        adapter_grads = link.operands.new_gradients() if wanted.adapters else None
+        tokens, slots = idx_TK.shape
+        ticket = link.experts.engine.submit_backward(
+            **link.settings(),
+            tokens=tokens,
+            slots=slots,
+            dtype=dtype_name(dy_TH.dtype, "the output's gradient"),
+            hidden=_address(x_TH),
+            experts=idx_TK.data_ptr(),
+            weights=w_TK.data_ptr(),
+            retained=_address(pre_SI),
+            output_grad=dy_TH.data_ptr(),
+            hidden_grad=_address(dx_TH),
+            weights_grad=_address(dw_TK),
+            lora_grads=None if adapter_grads is None else tuple(grad.data_ptr() for grad in adapter_grads),
+            held=(
+                x_TH,
+                idx_TK,
+                w_TK,
+                pre_SI,
+                dy_TH,
+                dx_TH,
+                dw_TK,
+                adapter_grads,
+                link.experts.store.native,
+                link.operands,
+            ),
+        )
+        number = next(link.numbers)
+        link.backwards[number] = _Backward(ticket, dx_TH, dw_TK, adapter_grads)
+        return torch.tensor(number, dtype=torch.float64), None, None, None, None
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()

@@ -1,0 +1,198 @@
+"""What the engine multiplies for adapters: BF16 copies in its own format, and the way of their gradients back.
+
+Shape letters: E experts, H hidden size, I expert intermediate size, R the engine's rank: that of all terms together,
+padded. Ungated experts have I rows where gated ones have 2I.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from kt_sft.engine.low_rank import LowRank
+
+#: The engine's rank is a multiple of this.
+_RANK_STEP = 2
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Factors:
+    """A change of every expert's matrix, scale · B A.
+
+    Args:
+        a: [E, r, inputs], FP32, on any device and with any strides; may be part of a graph.
+        b: [E, outputs, r], likewise.
+        scale: What the product is multiplied by.
+    """
+
+    a: Tensor
+    b: Tensor
+    scale: float
+
+    @property
+    def rank(self) -> int:
+        """r."""
+        return self.a.shape[1]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Term:
+    """What one adapter changes: gate and up, which share A, and down; None where it changes nothing."""
+
+    gate_up: Factors | None
+    down: Factors | None
+
+    @classmethod
+    def of(cls, change: LowRank) -> Term:
+        """A change that is no longer trained."""
+        return cls(Factors(change.gate_up_a, change.gate_up_b, 1.0), Factors(change.down_a, change.down_b, 1.0))
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """A and B of gate and up, and of down."""
+        return tuple(t for factors in (self.gate_up, self.down) if factors is not None for t in (factors.a, factors.b))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Operands:
+    """Adapters in the engine's format, one after the other along the rank. Scales are folded into B.
+
+    Args:
+        gate_up_a: [E, R, H] BF16.
+        gate_up_b: [E, 2I, R] BF16.
+        down_a: [E, R, I] BF16.
+        down_b: [E, H, R] BF16.
+    """
+
+    gate_up_a: Tensor
+    gate_up_b: Tensor
+    down_a: Tensor
+    down_b: Tensor
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The matrices, in the engine's order."""
+        return self.gate_up_a, self.gate_up_b, self.down_a, self.down_b
+
+    @property
+    def native(self) -> tuple[int, float, int, int, int, int]:
+        """As the native engine takes them; the tensors must be kept alive."""
+        addresses = [tensor.data_ptr() for tensor in self.tensors]
+        return self.gate_up_a.shape[1], 1.0, addresses[0], addresses[1], addresses[2], addresses[3]
+
+    def new_gradients(self) -> tuple[Tensor, ...]:
+        """Zeros for the engine to add the matrices' gradients to, FP32 in their shapes."""
+        return tuple(torch.zeros(tensor.shape, dtype=torch.float32, device="cpu") for tensor in self.tensors)
+
+
+def pack(terms: Sequence[Term], gate_up_shape: tuple[int, int], down_shape: tuple[int, int], experts: int) -> Operands:
+    """Copies adapters into the engine's format.
+
+    Args:
+        terms: At least one.
+        gate_up_shape: (rows, columns) of gate and up together: (2I, H).
+        down_shape: (H, I).
+        experts: E.
+    """
+    ranks = [sum(factors.rank for _, factors in _parts(terms, part)) for part in (0, 1)]
+    rank = -(-max(ranks) // _RANK_STEP) * _RANK_STEP
+    tensors = []
+    for part, (rows, columns) in enumerate((gate_up_shape, down_shape)):
+        a = torch.zeros(experts, rank, columns, dtype=torch.bfloat16, device="cpu")
+        b = torch.zeros(experts, rows, rank, dtype=torch.bfloat16, device="cpu")
+        for first, factors in _parts(terms, part):
+            # Rounded where they are: half as much to transfer.
+            a[:, first : first + factors.rank] = factors.a.detach().to(torch.bfloat16)
+            b[:, :, first : first + factors.rank] = (factors.b.detach() * factors.scale).to(torch.bfloat16)
+        tensors += [a, b]
+    return Operands(*tensors)
+
+
+def split_gradients(terms: Sequence[Term], gradients: Sequence[Tensor]) -> list[Tensor]:
+    """The gradients of every term's tensors, in their order, on the CPU.
+
+    Args:
+        terms: As packed.
+        gradients: Of the operands' tensors.
+    """
+    places: list[dict[int, int]] = [{}, {}]
+    for part in (0, 1):
+        for first, factors in _parts(terms, part):
+            places[part][id(factors)] = first
+    split = []
+    for term in terms:
+        present = [(part, factors) for part, factors in enumerate((term.gate_up, term.down)) if factors is not None]
+        for part, factors in present:
+            a_grad, b_grad = gradients[2 * part : 2 * part + 2]
+            place = slice(places[part][id(factors)], places[part][id(factors)] + factors.rank)
+            split += [a_grad[:, place], b_grad[:, :, place] * factors.scale]
+    return split
+
+
+def _parts(terms: Sequence[Term], part: int) -> Iterator[tuple[int, Factors]]:
+    """(place along the rank, factors) of the terms that change gate and up (part 0) or down (part 1)."""
+    first = 0
+    for term in terms:
+        factors = (term.gate_up, term.down)[part]
+        if factors is not None:
+            yield first, factors
+            first += factors.rank
+
+
+class OperandCache:
+    """The operands of the last call, made anew only where the adapters have changed since.
+
+    Autograd's counter tells of changes in place, an optimizer's step of those made past it through `.data`.
+    """
+
+    def __init__(self) -> None:
+        self._key: tuple[Any, ...] = ()
+        self._sources: list[Tensor] = []  # kept, or other tensors might come to lie at the same addresses
+        self._operands: Operands | None = None
+
+    def operands(
+        self, terms: Sequence[Term], gate_up_shape: tuple[int, int], down_shape: tuple[int, int], experts: int
+    ) -> Operands:
+        """As `pack` gives them, for the present values."""
+        key = _state(terms)
+        operands = self._operands
+        if operands is None or key != self._key:
+            operands = pack(terms, gate_up_shape, down_shape, experts)
+            self._sources = [tensor.detach() for term in terms for tensor in term.tensors]
+            self._key, self._operands = key, operands
+        return operands
+
+    def __deepcopy__(self, memo: dict[int, object]) -> OperandCache:
+        return OperandCache()
+
+
+def _state(terms: Sequence[Term]) -> tuple[Any, ...]:
+    tensors = [tensor for term in terms for tensor in term.tensors]
+    trained = any(tensor.requires_grad for tensor in tensors)
+    places = [(t.data_ptr(), t.device, t.shape, t.stride(), t._version) for t in tensors]
+    scales = [
+        (part, factors.scale) for term in terms for part, factors in enumerate((term.gate_up, term.down)) if factors
+    ]
+    return _optimizer_steps().count if trained else -1, *places, *scales
+
+
+class _OptimizerSteps:
+    """How many steps the optimizers of this process have taken, all together."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        register_optimizer_step_post_hook(self._add)
+
+    def _add(self, *_: Any) -> None:
+        self.count += 1
+
+
+@functools.cache
+def _optimizer_steps() -> _OptimizerSteps:
+    return _OptimizerSteps()
