@@ -74,3 +74,28 @@ def checkpoint(tiny_moe: Path, tmp_path: Path) -> Path:
 def edit(checkpoint: Path) -> Callable[[Change], None]:
     """Rewrites the tensors of `checkpoint`."""
     return functools.partial(rewrite, checkpoint)
+
+
+@pytest.fixture
+def adapt(tmp_path: Path) -> Callable[..., Any]:
+    """Makes a random adapter with LoRA on attention and on routed experts of a tiny plain model.
+
+    `adapt(family, parameters, **LoraConfig's)` returns the PEFT model and the folder it was saved to; the base model's
+    config.json lies in `tmp_path / "base"`.
+    """
+    import peft
+    import torch
+    from families import FAMILIES, make
+
+    def adapt(family: str = "qwen3_moe", parameters: tuple[str, ...] = (), **settings: Any) -> Any:
+        model = make(FAMILIES[family][0])
+        model.config.save_pretrained(tmp_path / "base")
+        first = "up_proj" if family == "nemotron_h" else "gate_up_proj"
+        arguments = {"r": 3, "lora_alpha": 8, "target_modules": ["q_proj", "o_proj"], "init_lora_weights": False}
+        arguments["target_parameters"] = list(parameters) or [f"experts.{first}", "experts.down_proj"]
+        torch.manual_seed(5)
+        adapted = peft.get_peft_model(model, peft.LoraConfig(**arguments | settings))
+        adapted.save_pretrained(tmp_path / "source")
+        return adapted, tmp_path / "source"
+
+    return adapt
