@@ -96,7 +96,7 @@ class Submit(torch.autograd.Function):
         ctx.link = link
         ctx.device = hidden_states.device
         ctx.weights_device, ctx.weights_dtype = top_k_weights.device, top_k_weights.dtype
-        ctx.adapter_devices = [tensor.device for tensor in adapters]
+        ctx.adapters = [(tensor.device, tensor.dtype) for tensor in adapters]
         tokens, slots = tensors.idx_TK.shape
         link.ticket = link.experts.engine.submit_forward(
             **link.settings(),
@@ -124,12 +124,12 @@ class Submit(torch.autograd.Function):
             x_grad = x_grad.to(ctx.device)
         if w_grad is not None:
             w_grad = w_grad.to(ctx.weights_device, ctx.weights_dtype)
-        adapter_grads: list[Tensor | None] = [None] * len(ctx.adapter_devices)
+        adapter_grads: list[Tensor | None] = [None] * len(ctx.adapters)
         if pending.adapter_grads is not None:
             split = split_gradients(ctx.link.terms, pending.adapter_grads)
             adapter_grads = [
-                grad.to(device) if wanted else None
-                for grad, device, wanted in zip(split, ctx.adapter_devices, ctx.needs_input_grad[4:], strict=True)
+                grad.to(*kind) if wanted else None
+                for grad, kind, wanted in zip(split, ctx.adapters, ctx.needs_input_grad[4:], strict=True)
             ]
         return x_grad, w_grad, None, None, *adapter_grads
 

@@ -151,9 +151,10 @@ class KTConfig(QuantizationConfigMixin):
                 f"kt_sft: zero_point applies to expert_format int4 only; leave it out for {self.stored_format} experts"
             )
         self._check_group()
-        if self.lora_experts:
+        if self.lora_experts and self.compute == "int8":
             raise ConfigError(
-                "kt_sft: lora_experts is not available in this version; leave it out to train LoRA on the other layers"
+                "kt_sft: lora_experts cannot be combined with compute 'int8', which rounds what adapters multiply; set "
+                "compute: bf16, or leave lora_experts out"
             )
 
     def _check_group(self) -> None:

@@ -27,21 +27,29 @@ class CpuExperts(nn.Module):
     Args:
         store: The layer's weights.
         config: Settings.
+        is_transposed: Whether the class that this stands for keeps its parameters as [E, in, out].
+        interleaved: Whether gate and up alternate there. Neither changes what is computed; adapters are kept likewise.
 
     Attributes:
         merged: What merging adapters left behind. The weights themselves are frozen and rounded, so the engine goes on
             computing them plus this, in both passes; saving writes the source's weights plus `merged.delta`.
+        loaded_a_meets_inputs: While an adapter is loaded: whether its A is on the input side, whatever the sizes.
     """
 
     merged: LowRank | None = None
+    loaded_a_meets_inputs: bool | None = None
 
-    def __init__(self, store: LayerStore, config: KTConfig) -> None:
+    def __init__(
+        self, store: LayerStore, config: KTConfig, *, is_transposed: bool = False, interleaved: bool = False
+    ) -> None:
         super().__init__()
         self.store = store
         self.config = config
         self.num_experts = store.num_experts
         self.hidden_dim = store.hidden_size
         self.intermediate_dim = store.intermediate_size
+        self.is_transposed = is_transposed
+        self.interleaved = interleaved
         self._operands = OperandCache()
 
     @classmethod
@@ -205,7 +213,7 @@ class CpuExperts(nn.Module):
         if given is not None:
             raise ValueError(
                 f"kt_sft: {given} is a weight of routed experts, which stay frozen in the engine and take none; load a "
-                "state dict or an adapter without them, or use the model without kt_sft"
+                "state dict without them, or an adapter whose config names the experts in target_parameters"
             )
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 

@@ -27,7 +27,7 @@ class Factors:
 
     Args:
         a: [E, r, inputs], FP32, on any device and with any strides; may be part of a graph.
-        b: [E, outputs, r], likewise.
+        b: [E, outputs, r], likewise; outputs may be two dimensions.
         scale: What the product is multiplied by.
     """
 
@@ -109,7 +109,8 @@ def pack(terms: Sequence[Term], gate_up_shape: tuple[int, int], down_shape: tupl
         for first, factors in _parts(terms, part):
             # Rounded where they are: half as much to transfer.
             a[:, first : first + factors.rank] = factors.a.detach().to(torch.bfloat16)
-            b[:, :, first : first + factors.rank] = (factors.b.detach() * factors.scale).to(torch.bfloat16)
+            scaled = (factors.b.detach() * factors.scale).to(torch.bfloat16)
+            b[:, :, first : first + factors.rank] = scaled.flatten(1, -2)
         tensors += [a, b]
     return Operands(*tensors)
 
@@ -131,7 +132,7 @@ def split_gradients(terms: Sequence[Term], gradients: Sequence[Tensor]) -> list[
         for part, factors in present:
             a_grad, b_grad = gradients[2 * part : 2 * part + 2]
             place = slice(places[part][id(factors)], places[part][id(factors)] + factors.rank)
-            split += [a_grad[:, place], b_grad[:, :, place] * factors.scale]
+            split += [a_grad[:, place], (b_grad[:, :, place] * factors.scale).view(factors.b.shape)]
     return split
 
 

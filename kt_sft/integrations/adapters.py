@@ -1,14 +1,14 @@
 """Adapters and checkpoints that a recipe names: looked at before anything is loaded.
 
-PEFT and the Trainer drop tensors of modules that a model does not have without a word. The routed experts' layers are
-such modules once the experts run in the engine, so an adapter with weights for them would silently lose those. While
-there is no model, their names tell; the model itself refuses them, by its modules, when they are loaded into it
-(`CpuExperts._load_from_state_dict`).
+PEFT and the Trainer drop tensors of modules that a model does not have without a word. While there is no model, the
+tensors' names tell what they are for; the model itself refuses what it has no place for when it is loaded into it
+(kt_sft.integrations.peft, `CpuExperts._load_from_state_dict`).
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -23,6 +23,8 @@ _PICKLED = "adapter_model.bin"
 _MODEL = "model.safetensors"
 _PICKLED_MODEL = "pytorch_model.bin"
 
+_OF_ONE_EXPERT = re.compile(r"\.experts\.\d+\.")
+
 
 def check_adapter(
     adapter: str,
@@ -31,8 +33,8 @@ def check_adapter(
     revision: str | None = None,
     cache_dir: str | None = None,
     token: str | None = None,
-) -> None:
-    """Refuses an adapter that has weights for routed experts, or whose weights cannot be looked at safely.
+) -> str | None:
+    """Refuses an adapter that keeps its routed experts in a layout of another tool, or cannot be looked at safely.
 
     Args:
         adapter: A folder, or a repository's id on the hub: its files are taken from the local cache or, where they are
@@ -42,22 +44,26 @@ def check_adapter(
         cache_dir: The local cache; None for the hub's own.
         token: For the hub.
 
+    Returns:
+        The name of a tensor of routed experts, if the adapter has any.
+
     Raises:
-        ConfigError: The adapter has weights for routed experts, has its weights in a pickle, or cannot be found.
+        ConfigError: The adapter has a tensor for each single expert, has its weights in a pickle, or cannot be found.
     """
     weights = _in_folder(Path(adapter, subfolder or "")) or _on_hub(adapter, subfolder, revision, cache_dir, token)
-    _check_adapter_file(weights, adapter)
+    return _check_adapter_file(weights, adapter)
 
 
-def check_resumed(folder: str) -> None:
-    """Refuses a checkpoint to resume from that has weights for routed experts, or cannot be looked at safely.
+def check_resumed(folder: str, lora_experts: bool | None) -> None:
+    """Refuses a checkpoint to resume from that does not fit the run, or cannot be looked at safely.
 
     Args:
         folder: Of a checkpoint that the Trainer wrote. One that it could not resume from is left for it to say.
+        lora_experts: Whether the run's adapter covers routed experts; None where that is not known yet.
 
     Raises:
-        ConfigError: The checkpoint is one of a whole model with routed experts, whose weights would be lost; or it has
-            an adapter with weights for them, or a pickle.
+        ConfigError: The checkpoint is one of a whole model with routed experts, whose weights would be lost; or its
+            adapter covers routed experts and the run's does not, or the other way round; or it is a pickle.
     """
     root = Path(folder)
     if _any(root, _PICKLED_MODEL, f"{_PICKLED_MODEL}.index.json") and not _any(root, _MODEL):
@@ -71,8 +77,19 @@ def check_resumed(folder: str) -> None:
     inner = (entry for entry in root.iterdir() if entry.is_dir()) if root.is_dir() else ()
     for place in (root, *inner):  # of several adapters each has a folder of its own
         weights = _in_folder(place)
-        if weights is not None:
-            _check_adapter_file(weights, str(place))
+        if weights is None:
+            continue
+        key = _check_adapter_file(weights, str(place))
+        if key is not None and lora_experts is False:
+            raise ConfigError(
+                f"kt_sft: the adapter {place} has weights for routed experts ({key}), which this run does not train; "
+                "set lora_experts: true in the kt_sft block, as the run that it is resumed from"
+            )
+        if key is None and lora_experts is True:
+            raise ConfigError(
+                f"kt_sft: lora_experts is set, but the adapter {place} to resume from has no weights for routed "
+                "experts; leave lora_experts out, as the run that it is resumed from"
+            )
 
 
 _RESUME = "resume from a checkpoint of a LoRA run"
@@ -100,18 +117,19 @@ def _experts_key(keys: Iterable[str]) -> str | None:
     return next((key for key in keys if "experts" in key.split(".")), None)
 
 
-def _check_adapter_file(weights: Path, adapter: str) -> None:
+def _check_adapter_file(weights: Path, adapter: str) -> str | None:
     if weights.name == _PICKLED:
         raise ConfigError(
             f"kt_sft: the adapter {adapter} keeps its weights in {_PICKLED}, a pickle, which cannot be inspected "
             f"safely; convert it to {_SAFETENSORS}"
         )
     trained = _experts_key(read_header(weights))
-    if trained:
+    if trained and _OF_ONE_EXPERT.search(trained):
         raise ConfigError(
-            f"kt_sft: the adapter {adapter} has weights for routed experts ({trained}), which this version cannot "
-            "apply; use it without kt_sft"
+            f"kt_sft: the adapter {adapter} has weights for single experts ({trained}), a layout that PEFT cannot load "
+            "either; turn it into PEFT's with `kt-sft convert-adapter`"
         )
+    return trained
 
 
 def _in_folder(folder: Path) -> Path | None:

@@ -21,18 +21,24 @@ _HOOKS = {
     "llamafactory.hparams.model_args": ("kt_sft.integrations.llamafactory", "extend_model_arguments"),
     "llamafactory.hparams.parser": ("kt_sft.integrations.llamafactory", "check_parsed_arguments"),
     "llamafactory.hparams": ("kt_sft.integrations.llamafactory", "settle_package"),
+    "llamafactory.model.adapter": ("kt_sft.integrations.llamafactory", "extend_adapters"),
     "llamafactory.model.model_utils.attention": ("kt_sft.integrations.gpt_oss", "extend_attention"),
     "llamafactory.model.model_utils.quantization": ("kt_sft.integrations.llamafactory", "extend_quantization"),
     "llamafactory.model.patcher": ("kt_sft.integrations.llamafactory", "check_loaded_model"),
+    "peft.tuners.lora.model": ("kt_sft.integrations.peft", "extend_lora_model"),
+    "peft.peft_model": ("kt_sft.integrations.peft", "extend_peft_model"),
     "llamafactory.v1.plugins.model_plugins.quantization": ("kt_sft.integrations.llamafactory", "register_v1"),
 }
 
 #: Host modules whose hooks must have run before a recipe with our key may go on.
 _REQUIRED = (
     "llamafactory.hparams.parser",
+    "llamafactory.model.adapter",
     "llamafactory.model.model_utils.attention",
     "llamafactory.model.model_utils.quantization",
     "llamafactory.model.patcher",
+    "peft.tuners.lora.model",
+    "peft.peft_model",
 )
 
 #: What became of this process's hooks: (our module, function) -> the failure, or "" where it is attached.

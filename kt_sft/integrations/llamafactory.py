@@ -20,6 +20,7 @@ from typing import Any
 from kt_sft.config import ConfigError, KTConfig
 from kt_sft.integrations import autoload
 from kt_sft.integrations.adapters import check_adapter, check_resumed
+from kt_sft.integrations.peft import target_parameters
 
 
 class Absent(enum.Enum):
@@ -108,6 +109,7 @@ def check_parsed_arguments(parser: ModuleType) -> None:
             _check_finetuning_arguments(finetuning_args)
             _check_other_adapters(model_args, finetuning_args)
             _check_training_arguments(training_args)
+            _check_trained_adapter(model_args, finetuning_args, training_args)
         return parsed
 
     @functools.wraps(parse_infer)
@@ -144,6 +146,24 @@ def extend_quantization(module: ModuleType) -> None:
     module.configure_quantization = configure_quantization  # type: ignore[attr-defined]
 
 
+def extend_adapters(module: ModuleType) -> None:
+    """Wraps `get_peft_model`, with which a new adapter is made: `lora_experts` puts it on the routed experts, too.
+
+    Args:
+        module: `llamafactory.model.adapter`.
+    """
+    make: Callable[..., Any] = module.get_peft_model
+
+    @functools.wraps(make)
+    def get_peft_model(model: Any, peft_config: Any, *args: Any, **kwargs: Any) -> Any:
+        settings = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
+        if isinstance(settings, KTConfig) and settings.lora_experts:
+            peft_config.target_parameters = target_parameters(model)
+        return make(model, peft_config, *args, **kwargs)
+
+    module.get_peft_model = get_peft_model  # type: ignore[attr-defined]
+
+
 def check_loaded_model(patcher: ModuleType) -> None:
     """Wraps `patch_model`, which every loaded model passes before it gets adapters: was the quantizer used?
 
@@ -154,8 +174,11 @@ def check_loaded_model(patcher: ModuleType) -> None:
 
     @functools.wraps(patch)
     def patch_model(model: Any, tokenizer: Any, model_args: Any, is_trainable: bool, add_valuehead: bool) -> None:
-        if config_of(model_args) is not None:
+        settings = config_of(model_args)
+        if settings is not None:
             _check_quantizer_was_used(model)
+        if settings is not None and settings.lora_experts and is_trainable:
+            target_parameters(model)
         patch(model, tokenizer, model_args, is_trainable, add_valuehead)
 
     patcher.patch_model = patch_model  # type: ignore[attr-defined]
@@ -250,18 +273,24 @@ def _check_model_arguments(model_args: Any) -> None:
     _refuse(model_args, _EXCLUDED_MODEL_ARGUMENTS)
     if model_args.infer_backend != "huggingface":
         raise ConfigError("kt_sft: chat and api run with infer_backend huggingface only; remove infer_backend")
-    _check_adapters(model_args, model_args.adapter_name_or_path)
+    adapters = _as_list(model_args.adapter_name_or_path)
+    if len({*adapters}) < len(adapters):
+        raise ConfigError(f"kt_sft: adapter_name_or_path names an adapter twice ({', '.join(adapters)}); name it once")
+    _check_adapters(model_args, adapters)
 
 
-def _check_adapters(model_args: Any, adapters: Any) -> None:
+def _check_adapters(model_args: Any, adapters: Any) -> str | None:
+    """Looks at each; returns the name of a tensor of routed experts of the last one, if it has any."""
+    key = None
     for adapter in _as_list(adapters):
-        check_adapter(
+        key = check_adapter(
             adapter,
             subfolder=model_args.adapter_folder,
             revision=model_args.model_revision,
             cache_dir=model_args.cache_dir,
             token=model_args.hf_hub_token,
         )
+    return key
 
 
 def _as_list(paths: Any) -> list[str]:
@@ -297,9 +326,24 @@ def _check_training_arguments(training_args: Any) -> None:
         )
     if getattr(training_args, "fsdp", None) or is_fsdp_enabled():
         raise ConfigError("kt_sft: FSDP is not supported in this version; use DDP")
+
+
+def _check_trained_adapter(model_args: Any, finetuning_args: Any, training_args: Any) -> None:
+    """Whether what the run goes on training covers routed experts if, and only if, the recipe says so."""
+    if not training_args.do_train:
+        return
+    settings = config_of(model_args)
+    assert settings is not None
+    adapters = _as_list(model_args.adapter_name_or_path)
+    continued = adapters[-1] if adapters and not finetuning_args.create_new_adapter else None
+    if continued is not None and settings.lora_experts and _check_adapters(model_args, continued) is None:
+        raise ConfigError(
+            f"kt_sft: lora_experts is set, but training goes on with the adapter {continued}, which has no weights for "
+            "routed experts; set create_new_adapter: true to train a new one, or leave lora_experts out"
+        )
     resumed = _resumed_folder(training_args)
     if resumed is not None:
-        check_resumed(resumed)
+        check_resumed(resumed, settings.lora_experts if continued is None else None)
 
 
 def _resumed_folder(training_args: Any) -> str | None:

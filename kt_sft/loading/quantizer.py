@@ -107,7 +107,7 @@ class KTQuantizer(HfQuantizer):
         # This runs under torch.device("meta"): what the experts allocate must be real.
         with torch.device("cpu"):
             for plan in self._plans:
-                model.set_submodule(plan.name, CpuExperts(self._store(plan), self._config))
+                model.set_submodule(plan.name, self._experts(plan))
                 _keep_from_initializing(model, plan.name)
         _ignore_keys(model, layouts)
         return model
@@ -167,6 +167,12 @@ class KTQuantizer(HfQuantizer):
     def _key(self, plan: ModulePlan) -> tuple[Any, ...]:
         config = self._config
         return (self._identity, plan.name, plan.layout, tuple(config.storage.values()))
+
+    def _experts(self, plan: ModulePlan) -> CpuExperts:
+        layout = plan.layout
+        return CpuExperts(
+            self._store(plan), self._config, is_transposed=layout.transposed, interleaved=layout.interleaved
+        )
 
     def _store(self, plan: ModulePlan) -> LayerStore:
         layout, config = plan.layout, self._config

@@ -17,6 +17,8 @@ from kt_sft.integrations.llamafactory import ABSENT
 ATTENTION = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 SHARED = "base_model.model.model.layers.0.mlp.shared_experts.up_proj.lora_A.weight"
 EXPERTS = "base_model.model.model.layers.0.mlp.experts.base_layer.lora_A.weight"
+SINGLE = "base_model.model.model.layers.0.mlp.experts.3.up_proj.lora_A.weight"
+REFUSED = r"has weights for single experts .* turn it into PEFT's with `kt-sft convert-adapter`"
 
 
 def write_adapter(folder: Path, key: str) -> Path:
@@ -25,21 +27,40 @@ def write_adapter(folder: Path, key: str) -> Path:
     return folder
 
 
-def test_an_adapter_on_experts_is_refused(parse: Callable[..., Any], tmp_path: Path) -> None:
+def test_an_adapter_of_single_experts_is_refused(parse: Callable[..., Any], tmp_path: Path) -> None:
     attention, shared = write_adapter(tmp_path / "attention", ATTENTION), write_adapter(tmp_path / "shared", SHARED)
-    experts = write_adapter(tmp_path / "experts", EXPERTS)
+    experts, single = write_adapter(tmp_path / "experts", EXPERTS), write_adapter(tmp_path / "single", SINGLE)
 
-    assert parse(kt_sft={}, adapter_name_or_path=f"{attention},{shared}")[0].kt_sft == {}
-    with pytest.raises(ConfigError, match="has weights for routed experts"):
-        parse(kt_sft={}, adapter_name_or_path=f"{attention},{shared},{experts}")
+    assert parse(kt_sft={}, adapter_name_or_path=f"{attention},{shared},{experts}")[0].kt_sft == {}
+    with pytest.raises(ConfigError, match=REFUSED):
+        parse(kt_sft={}, adapter_name_or_path=f"{attention},{shared},{single}")
+
+
+def test_an_adapter_named_twice_is_refused(parse: Callable[..., Any], tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "adapter", EXPERTS)
+    with pytest.raises(ConfigError, match="adapter_name_or_path names an adapter twice"):
+        parse(kt_sft={}, adapter_name_or_path=f"{adapter},{adapter}")
+
+
+def test_training_goes_on_with_an_adapter_that_covers_what_the_recipe_says(
+    parse: Callable[..., Any], tmp_path: Path
+) -> None:
+    attention, experts = write_adapter(tmp_path / "attention", ATTENTION), write_adapter(tmp_path / "experts", EXPERTS)
+    block = {"lora_experts": True}
+
+    assert parse(kt_sft=block, adapter_name_or_path=str(experts))[0].kt_sft == block
+    assert parse(kt_sft={}, adapter_name_or_path=str(experts))[0].kt_sft == {}
+    assert parse(kt_sft=block, adapter_name_or_path=str(attention), create_new_adapter=True)[0].kt_sft == block
+    with pytest.raises(ConfigError, match="which has no weights for routed experts; set create_new_adapter: true"):
+        parse(kt_sft=block, adapter_name_or_path=str(attention))
 
 
 def test_the_adapter_is_looked_for_in_adapter_folder(parse: Callable[..., Any], tmp_path: Path) -> None:
     write_adapter(tmp_path / "fine", ATTENTION)
-    write_adapter(tmp_path / "experts", EXPERTS)
+    write_adapter(tmp_path / "experts", SINGLE)
 
     parse(kt_sft={}, adapter_name_or_path=str(tmp_path), adapter_folder="fine")
-    with pytest.raises(ConfigError, match="has weights for routed experts"):
+    with pytest.raises(ConfigError, match=REFUSED):
         parse(kt_sft={}, adapter_name_or_path=str(tmp_path), adapter_folder="experts")
 
 
@@ -53,7 +74,7 @@ def test_a_pickled_adapter_is_refused(parse: Callable[..., Any], tmp_path: Path)
 def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A local cache of the hub, offline, with the repositories tiny/attention and tiny/experts."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    for name, key in {"attention": ATTENTION, "experts": EXPERTS}.items():
+    for name, key in {"attention": ATTENTION, "experts": SINGLE}.items():
         repository = tmp_path / "hub" / f"models--tiny--{name}"
         write_adapter(repository / "snapshots" / "0" / "inner", key)
         (repository / "refs").mkdir()
@@ -65,7 +86,7 @@ def test_adapters_of_the_hub_are_looked_at_in_its_cache(parse: Callable[..., Any
     settings = {"kt_sft": {}, "cache_dir": str(hub_cache), "adapter_folder": "inner"}
 
     assert parse(**settings, adapter_name_or_path="tiny/attention")[0].kt_sft == {}
-    with pytest.raises(ConfigError, match="tiny/experts has weights for routed experts"):
+    with pytest.raises(ConfigError, match=f"tiny/experts {REFUSED}"):
         parse(**settings, adapter_name_or_path="tiny/experts")
     with pytest.raises(ConfigError, match=r"tiny/missing .* neither a folder with one nor a repository"):
         parse(**settings, adapter_name_or_path="tiny/missing")
@@ -74,10 +95,10 @@ def test_adapters_of_the_hub_are_looked_at_in_its_cache(parse: Callable[..., Any
 @pytest.mark.parametrize(
     "changes",
     [
-        pytest.param({"stage": "dpo", "ref_model": "MODEL", "ref_model_adapters": "EXPERTS"}, id="reference"),
-        pytest.param({"stage": "ppo", "reward_model": "EXPERTS"}, id="reward adapter"),
+        pytest.param({"stage": "dpo", "ref_model": "MODEL", "ref_model_adapters": "SINGLE"}, id="reference"),
+        pytest.param({"stage": "ppo", "reward_model": "SINGLE"}, id="reward adapter"),
         pytest.param(
-            {"stage": "ppo", "reward_model_type": "full", "reward_model": "MODEL", "reward_model_adapters": "EXPERTS"},
+            {"stage": "ppo", "reward_model_type": "full", "reward_model": "MODEL", "reward_model_adapters": "SINGLE"},
             id="adapter of a reward model",
         ),
     ],
@@ -85,11 +106,11 @@ def test_adapters_of_the_hub_are_looked_at_in_its_cache(parse: Callable[..., Any
 def test_adapters_of_other_models_are_looked_at(
     changes: dict[str, str], parse: Callable[..., Any], tiny_moe: Path, tmp_path: Path
 ) -> None:
-    paths = {"MODEL": str(tiny_moe), "EXPERTS": str(write_adapter(tmp_path / "experts", EXPERTS))}
+    paths = {"MODEL": str(tiny_moe), "SINGLE": str(write_adapter(tmp_path / "experts", SINGLE))}
     changes = {key: paths.get(value, value) for key, value in changes.items()}
 
     assert parse(**changes)[0].kt_sft is ABSENT
-    with pytest.raises(ConfigError, match="has weights for routed experts"):
+    with pytest.raises(ConfigError, match=REFUSED):
         parse(kt_sft={}, **changes)
 
 
@@ -101,6 +122,8 @@ class TestResume:
 
         assert parse(kt_sft={}, resume_from_checkpoint=folder)[2].resume_from_checkpoint == folder
         assert parse(kt_sft={}, overwrite_output_dir=False)[2].resume_from_checkpoint == folder
+        with pytest.raises(ConfigError, match="to resume from has no weights for routed experts; leave lora_experts"):
+            parse(kt_sft={"lora_experts": True}, resume_from_checkpoint=folder)
 
     @pytest.mark.parametrize(
         "given",
@@ -111,7 +134,10 @@ class TestResume:
         folder = write_adapter(tmp_path / "out" / "checkpoint-2", EXPERTS)
         given = {key: str(folder) if value == "CHECKPOINT" else value for key, value in given.items()}
 
-        with pytest.raises(ConfigError, match=f"the adapter {folder} has weights for routed experts"):
+        assert parse(kt_sft={"lora_experts": True}, **given)[0].kt_sft == {"lora_experts": True}
+        with pytest.raises(
+            ConfigError, match=f"the adapter {folder} has weights for routed experts .* lora_experts: t"
+        ):
             parse(kt_sft={}, **given)
         assert parse(**given)[0].kt_sft is ABSENT
 

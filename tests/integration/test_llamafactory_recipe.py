@@ -31,7 +31,10 @@ BLOCKS = {
     "empty": (None, "the block is empty; write `kt_sft: {}`"),
     "empty string": ("", "is no JSON object"),
     "no JSON": ("{expert_format: bf16}", "is no JSON object"),
-    "setting of a later version": ({"lora_experts": True}, "lora_experts is not available in this version"),
+    "adapters on integers": (
+        {"lora_experts": True, "expert_format": "int8", "compute": "int8"},
+        "lora_experts cannot be combined with compute 'int8'",
+    ),
 }
 
 COMBINATIONS = {

@@ -61,10 +61,10 @@ def test_what_cannot_be_is_refused_by_name(block, message):
         kt_sft.KTConfig.from_dict(block)
 
 
-@pytest.mark.parametrize("block", [{"lora_experts": True}])
-def test_what_this_version_lacks_is_refused_with_a_way_out(block):
-    with pytest.raises(ConfigError, match=f"{next(iter(block))}.* is not available in this version; "):
-        kt_sft.KTConfig.from_dict(block)
+def test_adapters_on_experts_cannot_have_integer_products():
+    assert kt_sft.KTConfig(lora_experts=True, expert_format="int8").lora_experts
+    with pytest.raises(ConfigError, match=r"lora_experts cannot be combined with compute 'int8'.* set compute: bf16"):
+        kt_sft.KTConfig(lora_experts=True, expert_format="int8", compute="int8")
 
 
 POWERS = [2**n for n in range(5, 17)]

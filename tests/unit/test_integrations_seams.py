@@ -21,6 +21,11 @@ import transformers.quantizers.auto as auto
 from llamafactory.hparams import ModelArguments
 from llamafactory.model import adapter
 from llamafactory.model.model_utils import quantization
+from packaging.version import Version
+from peft import LoraConfig, peft_model
+from peft.tuners import tuners_utils
+from peft.tuners.lora import model as lora_model
+from peft.tuners.lora.layer import LoraLayer
 from transformers import PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM, conversion_mapping, core_model_loading
 from transformers.integrations import moe
 from transformers.quantizers.base import HfQuantizer
@@ -28,6 +33,8 @@ from transformers.quantizers.base import HfQuantizer
 from kt_sft.config import KTConfig
 from kt_sft.integrations import adapters, autoload
 from kt_sft.integrations import llamafactory as ours
+from kt_sft.integrations import peft as ours_peft
+from kt_sft.lora import ExpertLora, peft_turns_parameters
 
 
 def parameters(function: object) -> list[str]:
@@ -156,6 +163,59 @@ class TestLlamaFactory:
         assert parameters(llamafactory.model.patcher.patch_model) == expected
         assert llamafactory.model.loader.patch_model is llamafactory.model.patcher.patch_model
         assert hasattr(llamafactory.model.loader.patch_model, "__wrapped__")
+
+    def test_get_peft_model(self) -> None:
+        """The one place where LLaMA-Factory makes a new adapter; what it changes is what `lora_experts` asks for."""
+        assert "get_peft_model(model, peft_config)" in inspect.getsource(adapter._setup_lora_tuning)
+        assert hasattr(adapter.get_peft_model, "__wrapped__")
+        assert parameters(adapter.get_peft_model)[:2] == ["model", "peft_config"]
+
+
+class TestPeft:
+    def test_inject_parameters(self) -> None:
+        """Called for `target_parameters`, with the adapter's config: experts in the engine are found before it."""
+        inject = lora_model.LoraModel._inject_parameters
+        assert parameters(inject) == ["self", "peft_config", "model", "adapter_name", "low_cpu_mem_usage"]
+        assert hasattr(inject, "__wrapped__")
+        assert "self._inject_parameters(" in inspect.getsource(tuners_utils.BaseTuner.inject_adapter)
+        assert hasattr(lora_model.LoraModel, "targeted_parameter_names") or "targeted_parameter_names" in (
+            inspect.getsource(tuners_utils.BaseTuner.__init__)
+        )
+
+    def test_create_and_replace(self) -> None:
+        """Refuses a second adapter with `target_parameters` on any module, so it is not told of them."""
+        create = lora_model.LoraModel._create_and_replace
+        assert hasattr(create, "__wrapped__")
+        assert parameters(create)[:3] == ["self", "lora_config", "adapter_name"]
+        assert inspect.signature(inspect.unwrap(create)).parameters["parameter_name"].default is None
+
+    def test_load_adapter(self) -> None:
+        load = peft_model.PeftModel.load_adapter
+        assert hasattr(load, "__wrapped__")
+        assert parameters(load)[:3] == ["self", "model_id", "adapter_name"]
+        source = inspect.getsource(inspect.unwrap(load))
+        assert "load_result = set_peft_model_state_dict(" in source
+        assert "return load_result" in source
+
+    @pytest.mark.parametrize("name", [*ours_peft._EXCLUDED, *ours_peft._COMPARED, "lora_dropout", "init_lora_weights"])
+    def test_settings_of_a_config_exist(self, name: str) -> None:
+        """A renamed setting would no longer be seen, as a missing one counts as not set."""
+        assert name in LoraConfig.__dataclass_fields__
+
+    def test_a_layer_is_what_peft_calls_one(self) -> None:
+        """The methods and attributes by which PEFT handles a layer without knowing its class."""
+        assert issubclass(ExpertLora, tuners_utils.BaseTunerLayer)
+        assert LoraLayer.adapter_layer_names[:2] == ("lora_A", "lora_B")
+        for name in ("r", "lora_alpha", "scaling", "lora_dropout"):
+            assert name in LoraLayer.other_param_names
+        unload = inspect.getsource(tuners_utils.BaseTuner._unload_and_optionally_merge) + inspect.getsource(
+            lora_model.LoraModel
+        )
+        assert 'hasattr(target, "unload_and_optionally_merge_module")' in unload
+
+    def test_on_which_side_parameters_are_taken(self) -> None:
+        """Up to 0.18 as [E, in, out], from 0.19 on as [E, out, in]."""
+        assert peft_turns_parameters() == (Version(importlib.metadata.version("peft")) >= Version("0.19.dev0"))
 
 
 class TestTransformers:

@@ -1,0 +1,267 @@
+"""Where kt_sft attaches to PEFT: adapters on routed experts that run in the engine.
+
+PEFT puts LoRA on fused experts by `target_parameters`, for which it looks for parameters. Experts in the engine have
+none, so they are found here, and get layers of their own (kt_sft.lora) whose tensors have the names and shapes of
+PEFT's. What PEFT does besides, as saving, loading, choosing, merging, is its own code on these layers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from packaging.version import Version
+from torch import nn
+
+if TYPE_CHECKING:
+    from kt_sft.experts import CpuExperts
+    from kt_sft.lora import ExpertLora
+
+#: Settings of a LoraConfig that adapters on experts do not have, with the way out.
+_EXCLUDED = {
+    "use_dora": "train plain LoRA",
+    "lora_bias": "leave it out",
+    "fan_in_fan_out": "leave it out",
+    "alora_invocation_tokens": "train plain LoRA",
+    "use_qalora": "train plain LoRA",
+}
+
+
+def extend_lora_model(module: ModuleType) -> None:
+    """Wraps the two places of `LoraModel` that know of `target_parameters`.
+
+    Args:
+        module: `peft.tuners.lora.model`.
+    """
+    model_class: Any = module.LoraModel
+    inject, create = model_class._inject_parameters, model_class._create_and_replace
+
+    @functools.wraps(inject)
+    def _inject_parameters(
+        self: Any, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
+    ) -> None:
+        _inject_experts(self, peft_config, model, adapter_name, low_cpu_mem_usage)
+        inject(
+            self, peft_config=peft_config, model=model, adapter_name=adapter_name, low_cpu_mem_usage=low_cpu_mem_usage
+        )
+
+    @functools.wraps(create)
+    def _create_and_replace(self: Any, lora_config: Any, *args: Any, **kwargs: Any) -> None:
+        # PEFT refuses a second adapter whose config has target_parameters, also where it is about other modules.
+        if kwargs.get("parameter_name") is None and lora_config.target_parameters and _has_experts(self.model):
+            lora_config = copy.copy(lora_config)
+            lora_config.target_parameters = None
+        create(self, lora_config, *args, **kwargs)
+
+    model_class._inject_parameters = _inject_parameters
+    model_class._create_and_replace = _create_and_replace
+
+
+def extend_peft_model(module: ModuleType) -> None:
+    """Wraps `PeftModel.load_adapter`, which drops tensors without a home and does not compare configs.
+
+    Args:
+        module: `peft.peft_model`.
+    """
+    model_class: Any = module.PeftModel
+    load = model_class.load_adapter
+
+    @functools.wraps(load)
+    def load_adapter(self: Any, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        if not _has_experts(self):
+            return load(self, model_id, adapter_name, *args, **kwargs)
+        stored = _stored_config(model_id, kwargs)
+        if adapter_name in self.peft_config:
+            _check_same(model_id, stored, self.peft_config[adapter_name])
+        with _orientation(self, stored):
+            result = load(self, model_id, adapter_name, *args, **kwargs)
+        _check_complete(model_id, result)
+        return result
+
+    model_class.load_adapter = load_adapter
+
+
+def target_parameters(model: nn.Module) -> list[str]:
+    """What a LoraConfig's `target_parameters` must be to cover a model's routed experts, by its own class's names.
+
+    Args:
+        model: Before it has adapters.
+
+    Raises:
+        ValueError: It has no routed experts in the engine.
+    """
+    from kt_sft.lora import parameters_of
+
+    found = {
+        f"{_without_layers(name)}.{parameter}"
+        for name, experts in _experts_of(model)
+        for parameter in parameters_of(experts)
+    }
+    if not found:
+        raise ValueError(
+            f"kt_sft: lora_experts is set, but {type(model).__name__} has no routed experts in the engine; leave it out"
+        )
+    return sorted(found)
+
+
+def _without_layers(name: str) -> str:
+    """The part of a module's name after its layer's number, which is the same in every layer."""
+    parts = name.split(".")
+    numbers = [place for place, part in enumerate(parts) if part.isdecimal()]
+    return ".".join(parts[numbers[-1] + 1 :] if numbers else parts)
+
+
+def _experts_of(model: nn.Module) -> Iterator[tuple[str, CpuExperts]]:
+    """The modules of experts in the engine, by the names that the model's own class gives them."""
+    from kt_sft.experts import CpuExperts
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, CpuExperts):
+            yield name.replace(".base_layer", ""), module
+
+
+def _has_experts(model: nn.Module) -> bool:
+    return any(True for _ in _experts_of(model))
+
+
+def _inject_experts(tuner: Any, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool) -> None:
+    from accelerate import init_empty_weights
+
+    from kt_sft.experts import CpuExperts
+    from kt_sft.lora import ExpertLora, attach, parameters_of
+
+    targets = {*peft_config.target_parameters}
+    for name, experts in _experts_of(model):
+        possible = parameters_of(experts)
+        wanted = [parameter for parameter in possible if _is_target(f"{name}.{parameter}", targets)]
+        _check_targets(name, possible, targets)
+        if not wanted:
+            continue
+        _check_config(peft_config)
+        parent_name, _, child = name.rpartition(".")
+        parent = model.get_submodule(parent_name)
+        present = parent.get_submodule(child)
+        assert isinstance(present, CpuExperts | ExpertLora)
+        layers = attach(present, wanted, _device(parent, model))
+        for parameter, layer in layers.items():
+            key = f"{name}.{parameter}"
+            with init_empty_weights() if low_cpu_mem_usage else torch.device("cpu"):
+                _add_adapter(layer, adapter_name, key, peft_config)
+            if adapter_name not in tuner.active_adapters:
+                layer.set_requires_grad(adapter_name, False)
+            tuner.targeted_parameter_names.append(key)
+        parent.add_module(child, layers[wanted[-1]])
+
+
+def _add_adapter(layer: ExpertLora, adapter_name: str, key: str, peft_config: Any) -> None:
+    from peft.utils.other import get_pattern_key
+
+    ranks, alphas = peft_config.rank_pattern, peft_config.alpha_pattern
+    layer.update_layer(
+        adapter_name,
+        ranks.get(get_pattern_key(ranks.keys(), key), peft_config.r),
+        alphas.get(get_pattern_key(alphas.keys(), key), peft_config.lora_alpha),
+        lora_dropout=peft_config.lora_dropout,
+        init_lora_weights=peft_config.init_lora_weights,
+        use_rslora=peft_config.use_rslora,
+        inference_mode=peft_config.inference_mode,
+    )
+
+
+def _is_target(key: str, targets: set[str]) -> bool:
+    """As PEFT matches names."""
+    return key in targets or any(key.endswith(f".{target}") for target in targets)
+
+
+def _check_targets(name: str, possible: tuple[str, ...], targets: set[str]) -> None:
+    for target in targets:
+        module, _, parameter = target.rpartition(".")
+        if (name == module or name.endswith(f".{module}")) and parameter not in possible:
+            raise ValueError(
+                f"kt_sft: target_parameters names {target}, which experts in the engine cannot be adapted on; possible "
+                f"are {' and '.join(possible)}"
+            )
+
+
+def _check_config(peft_config: Any) -> None:
+    for name, way_out in _EXCLUDED.items():
+        if getattr(peft_config, name, None):
+            raise ValueError(f"kt_sft: adapters on experts cannot have {name}; {way_out}")
+
+
+def _device(parent: nn.Module, model: nn.Module) -> torch.device:
+    """Where adapters on experts are kept: with the router, which stands beside the experts."""
+    for module in (parent, model):
+        for parameter in module.parameters():
+            if parameter.device.type != "meta":
+                return parameter.device
+    return torch.device("cpu")
+
+
+@contextlib.contextmanager
+def _orientation(model: nn.Module, stored: Mapping[str, Any]) -> Iterator[None]:
+    """While an adapter is loaded: lets the experts know on which side its A is, where sizes do not tell."""
+    version = stored.get("peft_version")  # not written by PEFT before 0.18
+    turned = version is not None and Version(version.partition("@")[0]) >= Version("0.19.dev0")
+    modules = [experts for _, experts in _experts_of(model)]
+    try:
+        for experts in modules:
+            experts.loaded_a_meets_inputs = turned or experts.is_transposed
+        yield
+    finally:
+        for experts in modules:
+            experts.loaded_a_meets_inputs = None
+
+
+def _stored_config(model_id: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The adapter_config.json that PEFT is going to read."""
+    from huggingface_hub import hf_hub_download
+    from peft.utils import CONFIG_NAME
+
+    subfolder = settings.get("subfolder")
+    path = Path(model_id, subfolder or "", CONFIG_NAME)
+    if not path.is_file():
+        names = ("revision", "cache_dir", "token")
+        hub = {name: settings[name] for name in names if settings.get(name) is not None}
+        path = Path(hf_hub_download(str(model_id), CONFIG_NAME, subfolder=subfolder, **hub))
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(stored, dict):
+        raise ValueError(f"kt_sft: {path} is no adapter's config")
+    return stored
+
+
+#: What an adapter must have in common with the one that its tensors are loaded into.
+_COMPARED = ("r", "lora_alpha", "use_rslora", "target_modules", "target_parameters", "rank_pattern", "alpha_pattern")
+
+
+def _check_same(model_id: Any, stored: Mapping[str, Any], present: Any) -> None:
+    different = []
+    for name in _COMPARED:
+        there, here = (_comparable(value) for value in (stored.get(name), getattr(present, name, None)))
+        if there != here:
+            different.append(f"{name} {stored.get(name)!r} there, {getattr(present, name, None)!r} here")
+    if different:
+        raise ValueError(
+            f"kt_sft: the adapter in {model_id} is not the one that this run trains ({'; '.join(different)}); use the "
+            "settings it was trained with, or load it with adapter_name_or_path"
+        )
+
+
+def _comparable(value: Any) -> Any:
+    return {*value} if isinstance(value, list | tuple | set) else value or None
+
+
+def _check_complete(model_id: Any, result: Any) -> None:
+    for keys, what in (
+        (result.unexpected_keys, "has tensors that this model has no place for"),
+        (result.missing_keys, "lacks tensors that its config asks for"),
+    ):
+        if keys:
+            raise ValueError(f"kt_sft: the adapter in {model_id} {what}: {keys[0]} and {len(keys) - 1} more")

@@ -1,0 +1,128 @@
+"""`lora_experts: true` in recipes: trained, resumed, continued, merged, and read by a process without kt_sft."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from commands import run_command, train_losses
+from llamafactory.hparams import get_infer_args
+from llamafactory.model import load_model, load_tokenizer
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import kt_sft
+from kt_sft.config import ConfigError
+
+BLOCK: dict[str, Any] = {"kt_sft": {"lora_experts": True}, "lora_target": "all"}
+WITHOUT_PLUGIN = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+
+#: Half the spacing of BF16 at 1.
+UNIT = 2.0**-9
+
+
+@pytest.fixture(scope="module")
+def trained(base_recipe: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an uninterrupted run with adapters on attention and experts."""
+    folder = tmp_path_factory.mktemp("trained")
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(base_recipe | BLOCK | {"output_dir": str(folder / "out")}))
+    result = run_command(["llamafactory-cli", "train", str(recipe)])
+    assert result.returncode == 0, result.stdout
+    return folder / "out"
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    model.eval()
+    with torch.no_grad():
+        return model(input_ids=torch.arange(48).reshape(2, 24)).logits
+
+
+def test_it_learns_on_experts_and_says_so_in_the_adapter(trained: Path) -> None:
+    losses = train_losses(trained)
+    assert losses[-1] < losses[0]
+    values = load_file(trained / "adapter_model.safetensors")
+    on_experts = [key for key in values if ".mlp.experts." in key]
+    assert len(on_experts) == 2 * 2 * 2  # layers, parameters, sides
+    assert all(values[key].any() and values[key].dtype == torch.float32 for key in on_experts)
+    config = json.loads((trained / "adapter_config.json").read_text())
+    assert sorted(config["target_parameters"]) == ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"]
+    assert "q_proj" in config["target_modules"]
+
+
+def test_resume_continues_as_if_uninterrupted(trained: Path, write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    recipe = write_recipe(**BLOCK, resume_from_checkpoint=str(trained / "checkpoint-2"), overwrite_output_dir=None)
+
+    result = run_command(["llamafactory-cli", "train", str(recipe)])
+
+    assert result.returncode == 0, result.stdout
+    assert train_losses(tmp_path / "out") == train_losses(trained)
+    resumed, whole = (load_file(out / "adapter_model.safetensors") for out in (tmp_path / "out", trained))
+    assert all(torch.equal(resumed[key], whole[key]) for key in whole)
+
+
+def test_training_goes_on_from_an_adapter(trained: Path, write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    recipe = write_recipe(kt_sft={}, adapter_name_or_path=str(trained), max_steps=1)
+
+    result = run_command(["llamafactory-cli", "train", str(recipe)])
+
+    assert result.returncode == 0, result.stdout
+    assert train_losses(tmp_path / "out")[0] < train_losses(trained)[0]
+    before, after = (load_file(out / "adapter_model.safetensors") for out in (trained, tmp_path / "out"))
+    assert before.keys() == after.keys()
+    assert not any(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_a_process_without_kt_sft_computes_the_same(trained: Path, tiny_moe: Path, tmp_path: Path) -> None:
+    script = (
+        "import sys, torch\n"
+        "from peft import PeftModel\n"
+        "from transformers import AutoModelForCausalLM\n"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32, num_experts_per_tok=8)\n"
+        "model = PeftModel.from_pretrained(model, sys.argv[2]).eval()\n"
+        "assert 'kt_sft' not in sys.modules\n"
+        "with torch.no_grad():\n"
+        "    torch.save(model(input_ids=torch.arange(48).reshape(2, 24)).logits, sys.argv[3])\n"
+    )
+    arguments = ["python", "-c", script, str(tiny_moe), str(trained), str(tmp_path / "logits.pt")]
+    result = run_command(arguments, environment=WITHOUT_PLUGIN)
+    assert result.returncode == 0, result.stdout
+
+    settings = {"dtype": torch.float32, "num_experts_per_tok": 8}  # no rounding sends a token elsewhere
+    base = AutoModelForCausalLM.from_pretrained(tiny_moe, quantization_config=kt_sft.KTConfig(), **settings)
+    without = logits(base)
+    ours, theirs = logits(PeftModel.from_pretrained(base, trained)), torch.load(tmp_path / "logits.pt")
+    # Rounded to BF16 are the adapter's matrices and, on BF16 tiers, the operands of products.
+    bound = 8 * UNIT * theirs.abs().max()
+    assert (ours - theirs).abs().max() <= bound
+    assert (without - theirs).abs().max() > 4 * bound
+
+
+def test_chat_api_and_export_merge_it(trained: Path, tiny_moe: Path) -> None:
+    """They load a model with `adapter_name_or_path`, which LLaMA-Factory merges."""
+    arguments = {"model_name_or_path": str(tiny_moe), "adapter_name_or_path": str(trained), "template": "qwen"}
+    model_args, _, finetuning_args, _ = get_infer_args(arguments | {"kt_sft": {}, "infer_dtype": "float32"})
+    model = load_model(load_tokenizer(model_args)["tokenizer"], model_args, finetuning_args)
+
+    experts = [module for module in model.modules() if isinstance(module, kt_sft.CpuExperts)]
+    assert [module.merged.rank for module in experts] == [4, 4]
+    settings = {"dtype": model.dtype, "quantization_config": kt_sft.KTConfig()}
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_moe, **settings), trained)
+    assert (logits(model) - logits(adapted)).abs().mean() <= 8 * UNIT * logits(adapted).abs().max()
+
+
+def test_a_dense_model_is_refused(parse: Callable[..., Any]) -> None:
+    from llamafactory.model import patcher
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    with torch.device("meta"):
+        model = Qwen3ForCausalLM(Qwen3Config(num_hidden_layers=1, hidden_size=64, vocab_size=8))
+    model_args = parse(**BLOCK)[0]
+    with pytest.raises((ConfigError, ValueError), match="Qwen3ForCausalLM has no routed experts in the engine"):
+        patcher.patch_model(model, None, model_args, is_trainable=True, add_valuehead=False)
