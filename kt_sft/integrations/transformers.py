@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import os
 from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
@@ -52,18 +53,39 @@ def _pass_key_mapping(model_class: Any) -> None:
 
 
 def _guard_saving(model_class: Any) -> None:
-    """Lets the quantizer see where a model is going to be saved to, and what instead of its own state."""
+    """Lets the quantizer see where a model is going to be saved to, and finish what the host has written.
+
+    The model appears in its folder when it is complete: transformers writes config.json first and shards in place.
+    """
     save = model_class.save_pretrained
 
     @functools.wraps(save)
     def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-        check = getattr(getattr(self, "hf_quantizer", None), "check_save_directory", None)
-        if check is not None:
-            given = args[1] if len(args) > 1 else kwargs.get("state_dict")
-            # A model with adapters saves those alone; the Trainer may hand it a state_dict, which does no harm then.
-            only_adapters = getattr(self, "_hf_peft_config_loaded", False)
-            check(save_directory, state_dict=None if only_adapters else given)
-        return save(self, save_directory, *args, **kwargs)
+        quantizer = getattr(self, "hf_quantizer", None)
+        check = getattr(quantizer, "check_save_directory", None)
+        if quantizer is None or check is None:
+            return save(self, save_directory, *args, **kwargs)
+        given = args[1] if len(args) > 1 else kwargs.get("state_dict")
+        # A model with adapters saves those alone; the Trainer may hand it a state_dict, which does no harm then.
+        only_adapters = getattr(self, "_hf_peft_config_loaded", False)
+        check(save_directory, state_dict=None if only_adapters else given)
+        if only_adapters or os.path.isfile(save_directory):  # of a file the host says what it thinks
+            return save(self, save_directory, *args, **kwargs)
+        merges = quantizer.merges(self)
+        if args[2] if len(args) > 2 else kwargs.get("push_to_hub"):  # the host uploads before we could finish
+            if merges:
+                raise ValueError(
+                    "kt_sft: save_pretrained(push_to_hub=True) would upload the experts without the merged adapter; "
+                    "save the model first, then call push_to_hub"
+                )
+            return save(self, save_directory, *args, **kwargs)
+
+        from kt_sft.loading.staging import staged
+
+        with staged(save_directory) as folder:
+            saved = save(self, folder, *args, **kwargs)
+            quantizer.finish_saving(self, folder)
+        return saved
 
     model_class.save_pretrained = save_pretrained
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from kt_sft.loading.errors import CheckpointError
 from kt_sft.loading.layout import ExpertLayout, find_experts
 from kt_sft.loading.mapping import ModulePlan, block_of, feeds_experts, plan_experts
 from kt_sft.loading.memory import experts_bytes, not_enough, require_bytes
+from kt_sft.loading.merging import merge_saved, merged_changes
 from kt_sft.loading.saving import check_target, state_with_experts
 from kt_sft.loading.sharing import publish_store, shared_store
 from kt_sft.loading.streaming import stream
@@ -147,6 +149,23 @@ class KTQuantizer(HfQuantizer):
             )
         check_target(save_directory, self._identity)
 
+    def merges(self, model: PreTrainedModel) -> bool:
+        """Whether saving `model` writes adapters that were merged into its experts.
+
+        Raises:
+            CheckpointError: An adapter on experts is attached and not merged, or only a part of the model is saved.
+        """
+        self._check_whole(model)
+        return bool(merged_changes(model, self._plans))
+
+    def finish_saving(self, model: PreTrainedModel, folder: Path) -> None:
+        """Called when a whole model has been saved to `folder`: merges adapters into the experts there.
+
+        Raises:
+            CheckpointError: A changed weight is not finite in its dtype, or a file cannot be read or written.
+        """
+        merge_saved(folder, model, self._plans)
+
     def get_state_dict_and_metadata(
         self, model: PreTrainedModel
     ) -> tuple[dict[str, torch.Tensor] | None, dict[str, str]]:
@@ -157,12 +176,15 @@ class KTQuantizer(HfQuantizer):
         """
         if getattr(model, "_hf_peft_config_loaded", False):
             return None, {}  # only adapters are saved
+        self._check_whole(model)
+        return state_with_experts(model, self._plans, self._identity), {}
+
+    def _check_whole(self, model: PreTrainedModel) -> None:
         if type(model) is not self._model_class:
             raise CheckpointError(
                 f"kt_sft: {type(model).__name__} is a part of {getattr(self._model_class, '__name__', 'a model')}; "
                 "save the whole model, whose experts' names are known"
             )
-        return state_with_experts(model, self._plans, self._identity), {}
 
     def _key(self, plan: ModulePlan) -> tuple[Any, ...]:
         config = self._config

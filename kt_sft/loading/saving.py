@@ -2,7 +2,8 @@
 
 The frozen experts did not change, so their tensors are the source checkpoint's own, byte for byte, mapped from its
 files and written shard by shard. They keep its dtype, too: cast to the dtype of the model, they would have to be in
-memory all at once, and the readers of a checkpoint cast anyway.
+memory all at once, and the readers of a checkpoint cast anyway. What merged adapters changed is added afterwards, in
+the files (kt_sft.loading.merging).
 """
 
 from __future__ import annotations

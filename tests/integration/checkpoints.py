@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -48,3 +49,45 @@ def set_value(value: float) -> Callable[[dict[str, torch.Tensor]], None]:
         tensors[EXPERT.format("gate")][5, 7] = value
 
     return change
+
+
+def write_large(folder: Path, *, intermediate: int) -> None:
+    """Writes a Qwen3-MoE checkpoint of 8 layers of 16 experts in shards of one layer, as large models come."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    layers, experts, hidden = 8, 16, 1024
+
+    config = Qwen3MoeConfig(
+        vocab_size=1000,
+        hidden_size=hidden,
+        intermediate_size=64,
+        moe_intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=64,
+        num_experts=experts,
+        num_experts_per_tok=2,
+        dtype="bfloat16",
+        architectures=["Qwen3MoeForCausalLM"],
+    )
+    folder.mkdir(exist_ok=True)
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        shapes = {key: value.shape for key, value in Qwen3MoeForCausalLM(config).state_dict().items()}
+    dense = {key: torch.zeros(shape, dtype=torch.bfloat16) for key, shape in shapes.items() if ".experts." not in key}
+    up = torch.rand(intermediate, hidden).bfloat16()
+    down = torch.rand(hidden, intermediate).bfloat16()
+    weight_map = dict.fromkeys(dense, "model-dense.safetensors")
+    save_file(dense, folder / "model-dense.safetensors", metadata={"format": "pt"})
+    for layer in range(layers):
+        tensors = {}
+        for expert in range(experts):
+            prefix = f"model.layers.{layer}.mlp.experts.{expert}"
+            tensors |= {f"{prefix}.{name}_proj.weight": up.clone() for name in ("gate", "up")}
+            tensors[f"{prefix}.down_proj.weight"] = down.clone()
+        name = f"model-{layer}.safetensors"
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, name)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))

@@ -5,12 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import pytest
-import torch
+from checkpoints import write_large
 from commands import run_command
-from safetensors.torch import save_file
-
-LAYERS, EXPERTS, HIDDEN, INTERMEDIATE = 8, 16, 1024, 1408
 
 # Runs in its own process: the peak is that of the process, taken back to the present before loading.
 MEASURE = """
@@ -34,49 +30,10 @@ print('RESULT', json.dumps({'peak': peak, 'experts': experts, 'dense': dense}))
 """
 
 
-@pytest.fixture
-def large_checkpoint(tmp_path: Path) -> Path:
-    """A Qwen3-MoE checkpoint of about 1.1 GB in shards of one layer, as large models come."""
-    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+def test_peak_memory_of_loading(tmp_path: Path) -> None:
+    write_large(tmp_path, intermediate=1408)
 
-    config = Qwen3MoeConfig(
-        vocab_size=1000,
-        hidden_size=HIDDEN,
-        intermediate_size=64,
-        moe_intermediate_size=INTERMEDIATE,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        head_dim=64,
-        num_experts=EXPERTS,
-        num_experts_per_tok=2,
-        dtype="bfloat16",
-        architectures=["Qwen3MoeForCausalLM"],
-    )
-    config.save_pretrained(tmp_path)
-    with torch.device("meta"):
-        shapes = {key: value.shape for key, value in Qwen3MoeForCausalLM(config).state_dict().items()}
-    dense = {key: torch.zeros(shape, dtype=torch.bfloat16) for key, shape in shapes.items() if ".experts." not in key}
-    up = torch.rand(INTERMEDIATE, HIDDEN).bfloat16()
-    down = torch.rand(HIDDEN, INTERMEDIATE).bfloat16()
-    weight_map = dict.fromkeys(dense, "model-dense.safetensors")
-    save_file(dense, tmp_path / "model-dense.safetensors", metadata={"format": "pt"})
-    for layer in range(LAYERS):
-        tensors = {}
-        for expert in range(EXPERTS):
-            prefix = f"model.layers.{layer}.mlp.experts.{expert}"
-            tensors |= {f"{prefix}.{name}_proj.weight": up.clone() for name in ("gate", "up")}
-            tensors[f"{prefix}.down_proj.weight"] = down.clone()
-        name = f"model-{layer}.safetensors"
-        save_file(tensors, tmp_path / name, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, name)
-    index = {"metadata": {}, "weight_map": weight_map}
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    return tmp_path
-
-
-def test_peak_memory_of_loading(large_checkpoint: Path) -> None:
-    result = run_command(["python", "-c", MEASURE, str(large_checkpoint)])
+    result = run_command(["python", "-c", MEASURE, str(tmp_path)])
 
     assert result.returncode == 0, result.stdout
     line = next(line for line in result.stdout.splitlines() if line.startswith("RESULT "))

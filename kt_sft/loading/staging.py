@@ -1,0 +1,57 @@
+"""A model appears in its folder when it is complete: it is saved beside, and moved there file by file at the end.
+
+The host writes config.json first and then the weights, in place. A full disk, or a kill between two shards, would leave
+a folder that looks like a model. Here config.json, without which nothing takes a folder for a model, comes last.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from kt_sft.config import local_rank_and_size
+
+_LAST = "config.json"
+
+
+@contextlib.contextmanager
+def staged(target: str | os.PathLike[str]) -> Iterator[Path]:
+    """A folder inside `target` to save a model to; its files are moved to `target` if nothing fails.
+
+    The folder's name is the same every time, so what a killed process left there goes with the next save.
+    """
+    folder = Path(target)
+    partial = folder / f"incomplete-save-{local_rank_and_size()[0]}"
+    existed = folder.is_dir()
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        _publish(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        if not existed:
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # only if nothing was moved there
+
+
+def _publish(partial: Path, folder: Path) -> None:
+    names = sorted((entry.name for entry in partial.iterdir()), key=lambda name: (name == _LAST, name))
+    if _LAST in names:
+        (folder / _LAST).unlink(missing_ok=True)
+    for stale in _stale_weights(folder, {*names}):
+        stale.unlink()
+    for name in names:
+        os.replace(partial / name, folder / name)
+
+
+def _stale_weights(folder: Path, names: set[str]) -> list[Path]:
+    """Weights of an earlier save under the same base name: whole, in shards, and their index."""
+    stems = {match[1] for name in names if (match := re.fullmatch(r"(.+?)(-\d{5}-of-\d{5})?\.safetensors", name))}
+    pattern = "|".join(re.escape(stem) for stem in stems)
+    weights = re.compile(rf"({pattern})((-\d{{5}}-of-\d{{5}})?\.safetensors|\.safetensors\.index\.json)")
+    return [file for file in folder.iterdir() if weights.fullmatch(file.name) and file.name not in names]
