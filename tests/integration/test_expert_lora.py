@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import FAMILIES, make
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -85,6 +86,30 @@ def test_gradients_are_those_of_peft(tiny_moe: Path) -> None:
     for key, reference in found[0].items():
         # Norms, as roundings of one layer reach all gradients before it.
         assert (found[1][key] - reference).norm() <= 8 * UNIT * reference.norm(), key
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "nemotron_h"], ids=["plain", "interleaved", "ungated"])
+def test_experts_of_every_layout(family: str, tmp_path: Path) -> None:
+    """gpt-oss keeps parameters transposed, with gate and up alternating; Nemotron-H has no gate."""
+    plain = make(FAMILIES[family][0])
+    plain.save_pretrained(tmp_path)
+    ours = type(plain).from_pretrained(tmp_path, dtype=torch.float32, quantization_config=kt_sft.KTConfig())
+    targets = target_parameters(ours)
+    name = next(name for name, module in ours.named_modules() if isinstance(module, kt_sft.CpuExperts))
+    experts = ours.get_submodule(name)
+    random = torch.Generator().manual_seed(0)
+    x, idx = torch.randn(30, experts.hidden_dim, generator=random), torch.randint(0, 8, (30, 2), generator=random)
+    weights = torch.rand(30, 2, generator=random)
+    results = []
+    for model in (plain, ours):
+        adapted(model, target_modules=[], target_parameters=targets)
+        layer = model.get_submodule(name)
+        y = layer(x, idx, weights)
+        trained = [value for key, value in layer.named_parameters() if "lora_" in key]
+        results.append([y.detach(), *torch.autograd.grad(y.square().sum(), trained)])
+    for found, reference in zip(results[1], results[0], strict=True):
+        assert found.shape == reference.shape
+        assert (found - reference).norm() <= 8 * UNIT * reference.norm()
 
 
 @pytest.mark.parametrize("checkpointing", [None, True, False], ids=["plain", "reentrant", "non-reentrant"])
