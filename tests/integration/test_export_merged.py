@@ -15,6 +15,7 @@ import pytest
 import torch
 from checkpoints import load
 from families import FAMILIES, make
+from rounding import bound_of_rounding
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -24,8 +25,6 @@ from kt_sft.config import KTConfig
 from kt_sft.engine.low_rank import LowRank
 from kt_sft.loading.errors import CheckpointError
 from kt_sft.loading.layout import ExpertLayout, find_experts
-
-UNIT_ROUNDOFF = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
 
 
 def experts_of(model: nn.Module) -> dict[str, kt_sft.CpuExperts]:
@@ -147,12 +146,7 @@ def test_experts_without_change_keep_their_bytes(tiny_moe: Path, tmp_path: Path)
 
 
 def test_logits_are_those_of_base_and_adapter(tiny_moe: Path, tmp_path: Path) -> None:
-    """The bound. Saving rounds each merged weight w once to BF16: it becomes w (1 + u r), |r| <= 1, u = 2^-8.
-
-    How such roundings show in the logits is measured by Monte Carlo arithmetic (Parker 1997): the model with unrounded
-    merged weights runs with every one of them multiplied by 1 + u r, r uniform in [-1, 1]. Twice the largest deviation
-    of eight draws holds what rounding does. The routing is replayed: top-k may flip on a rounding difference.
-    """
+    """Up to the rounding of merged weights. The routing is replayed: top-k may flip on a rounding difference."""
     base = AutoModelForCausalLM.from_pretrained(tiny_moe, dtype=torch.float32)
     layouts = find_experts(base)
     ours = load(tiny_moe, dtype=torch.bfloat16)
@@ -168,16 +162,7 @@ def test_logits_are_those_of_base_and_adapter(tiny_moe: Path, tmp_path: Path) ->
 
     actual, _ = _run(exported, [*layouts], tokens, routing)
 
-    exact = {name: [p.detach().clone() for p in base.get_submodule(name).parameters()] for name in layouts}
-    deviations = []
-    for seed in range(8):
-        generator = torch.Generator().manual_seed(seed)
-        for name, weights in exact.items():
-            for parameter, weight in zip(base.get_submodule(name).parameters(), weights, strict=True):
-                noise = 2 * torch.rand(weight.shape, generator=generator) - 1
-                parameter.data.copy_(weight * (1 + UNIT_ROUNDOFF[torch.bfloat16] * noise))
-        deviations.append((_run(base, [*layouts], tokens, routing)[0] - expected).abs().max())
-    bound = 2 * max(deviations)
+    bound = bound_of_rounding(base, layouts, lambda: _run(base, [*layouts], tokens, routing)[0])
     assert (actual - expected).abs().max() <= bound
     assert bound < 0.1 * (before - expected).abs().max(), "the bound would not notice a missing adapter"
 

@@ -11,7 +11,7 @@ from commands import run_command
 SHARD = 20_000_000
 
 # Runs in its own process. While experts are copied, they are mapped from their source, in pages that the kernel can
-# drop at any time: what counts is memory of our own, looked at after each shard. While they are merged, the peak counts.
+# drop at any time: what counts is memory of our own, looked at after each shard. While they are merged, the peak does.
 MEASURE = """
 import json, sys
 import torch, kt_sft
