@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,8 @@ class BaseFacts:
 def base_facts(given: Path | None, named: Any) -> BaseFacts | None:
     """Reads the config.json in `given`, or in `named` by an adapter where that is a local folder that has one.
 
+    Of a base model that is only a name, the one thing that must not be missed is that its experts lie differently.
+
     Raises:
         AdapterFileError: `given` has no readable config.json.
     """
@@ -70,6 +73,8 @@ def base_facts(given: Path | None, named: Any) -> BaseFacts | None:
     if path is None or not path.is_file():
         if given is not None:
             raise AdapterFileError(f"{given} is no folder with the base model's config.json")
+        if isinstance(named, str) and re.search(r"gpt[-_]oss", named.lower()):
+            return BaseFacts(Path(named), "gpt_oss", None, None)
         return None
     try:
         config = json.loads(path.read_text(encoding="utf-8"))

@@ -16,7 +16,10 @@ from families import FAMILIES, make
 from peft.tuners.lora.layer import ParamWrapper
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
+from kt_sft import CpuExperts
+from kt_sft.config import KTConfig
 from kt_sft.integrations.adapter_files import AdapterFileError, convert, read_adapter
 from kt_sft.integrations.adapter_layouts import split
 
@@ -228,6 +231,14 @@ class TestOrientation:
         assert same(tmp_path / "other", source)
         assert json.loads((tmp_path / "other" / CONFIG).read_text())["peft_version"] == OTHER
 
+    def test_of_one_parameter_of_gpt_oss_its_name_tells(self, adapt: Any) -> None:
+        _, source = adapt("gpt_oss", ("experts.down_proj",))
+        for name in ("someone/gpt-oss-20b-BF16", "/models/gpt_oss"):
+            config = json.loads((source / CONFIG).read_text()) | {"base_model_name_or_path": name}
+            (source / CONFIG).write_text(json.dumps(config))
+            a, b = self.factors(source)[:2]
+            assert (a.shape, b.shape) == ((8, 3, 40), (8, 32, 3))
+
     def test_transposed_experts_have_one_layout(self, adapt: Any, tmp_path: Path) -> None:
         _, source = adapt("gpt_oss")
         for version, base in (("0.18.1", None), ("0.19.1", tmp_path / "base")):
@@ -274,6 +285,29 @@ class TestPerExpertToPeft:
         tokens = torch.arange(3, 23).reshape(2, 10)
         with torch.no_grad():
             assert torch.equal(again(tokens).logits, adapted(tokens).logits)
+
+    @pytest.mark.parametrize("own_a", [False, True])
+    def test_a_model_in_the_engine_reads_it(self, own_a: bool, adapt: Any, tmp_path: Path) -> None:
+        _, source = adapt()
+        convert(source, tmp_path / "listed", "per-expert")
+        tensors = load_file(tmp_path / "listed" / WEIGHTS)
+        if own_a:
+            tensors |= {key: value.flip(0) for key, value in tensors.items() if ".up_proj.lora_A" in key}
+            save_file(tensors, tmp_path / "listed" / WEIGHTS)
+        convert(tmp_path / "listed", tmp_path / "fused", "peft")
+        make(FAMILIES["qwen3_moe"][0]).save_pretrained(tmp_path / "model")
+        ours = AutoModelForCausalLM.from_pretrained(tmp_path / "model", quantization_config=KTConfig())
+
+        merged = peft.PeftModel.from_pretrained(ours, tmp_path / "fused").merge_and_unload()
+
+        expected = listed_deltas(tmp_path / "listed", LISTED_NAMES["qwen3_moe"], rank=6)
+        for name, experts in merged.named_modules():
+            if isinstance(experts, CpuExperts):
+                for expert in range(8):
+                    found = dict(zip(("gate_up_proj", "down_proj"), experts.merged.delta(expert), strict=True))
+                    for parameter, change in found.items():
+                        delta, limit = expected[f"base_model.model.{name}", parameter]
+                        assert bool(((change - delta[expert]).abs() <= limit[expert]).all())
 
     def test_dropout_of_training_is_left_behind(self, adapt: Any, tmp_path: Path) -> None:
         convert(adapt()[1], tmp_path / "listed", "per-expert")
