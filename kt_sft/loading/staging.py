@@ -13,7 +13,10 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from kt_sft.config import local_rank_and_size
+from kt_sft.loading.errors import CheckpointError
 
 _LAST = "config.json"
 
@@ -23,6 +26,9 @@ def staged(target: str | os.PathLike[str]) -> Iterator[Path]:
     """A folder inside `target` to save a model to; its files are moved to `target` if nothing fails.
 
     The folder's name is the same every time, so what a killed process left there goes with the next save.
+
+    Raises:
+        CheckpointError: Weights could not be written; of other errors the host's own comes through.
     """
     folder = Path(target)
     partial = folder / f"incomplete-save-{local_rank_and_size()[0]}"
@@ -32,6 +38,10 @@ def staged(target: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         yield partial
         _publish(partial, folder)
+    except SafetensorError as error:  # which names no file
+        raise CheckpointError(
+            f"{folder}: the model cannot be written there ({error}); nothing of it was left behind"
+        ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         if not existed:

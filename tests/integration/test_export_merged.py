@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import os
+import resource
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import load
+from commands import run_command
 from families import FAMILIES, make
 from rounding import bound_of_rounding
 from safetensors.torch import load_file, save_file
@@ -238,18 +241,34 @@ class TestUnfinished:
             ours.save_pretrained(tmp_path / "target")
         assert not (tmp_path / "target").exists()
 
-    def test_not_even_by_the_hosts_own_writing(
-        self, tiny_moe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        def fail(*_: Any, **__: Any) -> None:
-            assert (tmp_path / "target" / "incomplete-save-0" / "config.json").exists()
-            assert not (tmp_path / "target" / "config.json").exists()
-            raise OSError(28, "No space left on device")
-
-        monkeypatch.setattr("transformers.modeling_utils.safe_save_file", fail)
-        with pytest.raises(OSError, match="No space left on device"):
-            load(tiny_moe).save_pretrained(tmp_path / "target")
+    def test_not_even_by_the_hosts_own_writing(self, tiny_moe: Path, tmp_path: Path) -> None:
+        model = load(tiny_moe)
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # config.json fits, the weights do not
+        try:
+            with pytest.raises(CheckpointError, match=r"cannot be written there \(.*nothing of it was left behind"):
+                model.save_pretrained(tmp_path / "target")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            signal.signal(signal.SIGXFSZ, ignored)
         assert not (tmp_path / "target").exists()
+
+    def test_after_a_kill_no_model(self, tiny_moe: Path, tmp_path: Path) -> None:
+        script = (
+            "import os, signal, sys, kt_sft\n"
+            "import transformers.modeling_utils as modeling\n"
+            "from transformers import AutoModelForCausalLM\n"
+            "model = AutoModelForCausalLM.from_pretrained(sys.argv[1], quantization_config=kt_sft.KTConfig())\n"
+            "save = modeling.safe_save_file\n"
+            "modeling.safe_save_file = lambda *a, **k: (save(*a, **k), os.kill(os.getpid(), signal.SIGKILL))\n"
+            "model.save_pretrained(sys.argv[2])\n"
+        )
+        result = run_command(["python", "-c", script, str(tiny_moe), str(tmp_path / "target")])
+        assert result.returncode == -signal.SIGKILL
+        assert [entry.name for entry in (tmp_path / "target").iterdir()] == ["incomplete-save-0"]
+        with pytest.raises((OSError, ValueError)):
+            AutoModelForCausalLM.from_pretrained(tmp_path / "target")
 
     def test_an_earlier_model_there_stays_as_it_was(self, full_disk: None, tiny_moe: Path, tmp_path: Path) -> None:
         target = tmp_path / "target"
