@@ -100,8 +100,8 @@ def _saving() -> str | None:
     save = modeling.PreTrainedModel.save_pretrained
     if not hasattr(save, "__wrapped__"):
         return "kt_sft is not attached to PreTrainedModel.save_pretrained"
-    given = list(inspect.signature(inspect.unwrap(save)).parameters)[:4]
-    expected = ["self", "save_directory", "is_main_process", "state_dict"]
+    given = list(inspect.signature(inspect.unwrap(save)).parameters)[:5]
+    expected = ["self", "save_directory", "is_main_process", "state_dict", "push_to_hub"]
     return None if given == expected else f"save_pretrained takes {', '.join(given)} first"
 
 
