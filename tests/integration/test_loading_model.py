@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from kt_sft.config import KTConfig
+from kt_sft.integrations.adapter_files import convert
 from kt_sft.loading.errors import CheckpointError
 
 _VL_EXPERTS = "model.language_model.layers.0.mlp.experts"
@@ -290,12 +291,13 @@ class TestUse:
         with pytest.raises(ValueError, match="not supported for quantized model"):
             model.half()  # as the quantizer's documentation says
 
-    def test_an_adapter_on_experts_is_refused(self, tiny_moe: Path, tmp_path: Path) -> None:
+    def test_an_adapter_in_the_layout_of_servers_is_refused(self, tiny_moe: Path, tmp_path: Path) -> None:
         on_experts = peft.LoraConfig(target_modules=["q_proj"], target_parameters=["mlp.experts.gate_up_proj"])
         plain = AutoModelForCausalLM.from_pretrained(tiny_moe)
-        peft.get_peft_model(plain, on_experts).save_pretrained(tmp_path)
-        with pytest.raises(ValueError, match=r"layers\.0\.mlp\.experts\.lora_A.* is a weight of routed experts"):
-            peft.PeftModel.from_pretrained(load(tiny_moe), tmp_path)
+        peft.get_peft_model(plain, on_experts).save_pretrained(tmp_path / "adapter")
+        convert(tmp_path / "adapter", tmp_path / "listed", "per-expert")
+        with pytest.raises(ValueError, match=r"layers\.0\.mlp\.experts\.0\.gate_proj\.lora_A"):
+            peft.PeftModel.from_pretrained(load(tiny_moe), tmp_path / "listed")
 
     def test_a_state_dict_with_experts_is_refused(self, tiny_moe: Path) -> None:
         model, plain = load(tiny_moe), AutoModelForCausalLM.from_pretrained(tiny_moe)
