@@ -142,18 +142,19 @@ LayerCall MakeCall(const ExpertLayer& layer, int64_t tokens, int64_t slots, cons
   return call;
 }
 
-// Adapters in the engine's own format (moe/lora.h), as Python holds them: the padded rank, the scale and four
-// addresses.
-using LoraAddresses = std::tuple<int64_t, float, uintptr_t, uintptr_t, uintptr_t, uintptr_t>;
+// Adapters in the engine's own format (moe/lora.h), as Python holds them: the padded rank, the scale, four addresses,
+// and dropout's seed and share of 2^32.
+using LoraAddresses = std::tuple<int64_t, float, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uint64_t, uint32_t>;
 // FP32 gradients of gate_up's A and B, and of down's.
 using LoraGradientAddresses = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t>;
 
 ExpertLora MakeLora(const std::optional<LoraAddresses>& given) {
   ExpertLora lora;
   if (!given) return lora;
-  const auto& [rank, scale, gate_up_a, gate_up_b, down_a, down_b] = *given;
+  const auto& [rank, scale, gate_up_a, gate_up_b, down_a, down_b, seed, below] = *given;
   lora.rank = rank;
   lora.scale = scale;
+  lora.dropout = {seed, below};
   lora.gate_up = {Pointer<Bf16>(gate_up_a), Pointer<Bf16>(gate_up_b)};
   lora.down = {Pointer<Bf16>(down_a), Pointer<Bf16>(down_b)};
   return lora;

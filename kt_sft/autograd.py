@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kt_sft.engine.operands import Operands, Term, split_gradients
+from kt_sft.engine.operands import Dropout, Operands, Term, split_gradients
 from kt_sft.engine.store import dtype_name
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ class Link:
     experts: CpuExperts
     terms: Sequence[Term] = ()
     operands: Operands | None = None  # of `terms`: backward reads what forward did, whatever has become of them since
+    dropout: Dropout = dataclasses.field(default_factory=Dropout)
     ticket: Any = None  # of the forward
     backwards: dict[int, _Backward] = dataclasses.field(default_factory=dict)
     numbers: Iterator[int] = dataclasses.field(default_factory=itertools.count)
@@ -75,7 +76,7 @@ class Link:
             "layer": self.experts.store.native,
             "scratch_bytes": self.experts.config.scratch_mb << 20,
             "compute": self.experts.config.compute,
-            "lora": None if self.operands is None else self.operands.native,
+            "lora": None if self.operands is None else self.operands.native(self.dropout),
         }
 
 

@@ -15,7 +15,7 @@ from kt_sft.autograd import Await, CallTensors, Link, Submit, Wanted
 from kt_sft.config import KTConfig
 from kt_sft.engine.engine import get_engine
 from kt_sft.engine.low_rank import LowRank
-from kt_sft.engine.operands import OperandCache, Operands, Term
+from kt_sft.engine.operands import Dropout, OperandCache, Operands, Term
 from kt_sft.engine.store import LayerStore, dtype_name
 
 
@@ -131,7 +131,7 @@ class CpuExperts(nn.Module):
             [T, H] with the dtype and device of `hidden_states`.
 
         Raises:
-            ValueError: A shape does not fit.
+            ValueError: A shape does not fit, or an adapter with dropout is not alone.
             TypeError: A dtype is not supported.
             IndexError: An index is out of range.
         """
@@ -145,9 +145,18 @@ class CpuExperts(nn.Module):
             adapters=grads and any(tensor.requires_grad for tensor in factors),
         )
         tensors = self._tensors(hidden_states, top_k_index, top_k_weights, backward_wanted=bool(wanted))
-        link = Link(self, terms, self._operands_of(terms))
+        link = Link(self, terms, self._operands_of(terms), self._dropout_of(terms))
         submitted = Submit.apply(hidden_states, top_k_weights, tensors, link, *factors)
         return Await.apply(submitted, tensors, link, hidden_states.device, wanted)
+
+    def _dropout_of(self, terms: Sequence[Term]) -> Dropout:
+        share = max((term.dropout for term in terms), default=0.0)
+        if share and len(terms) > 1:
+            raise ValueError(
+                "kt_sft: dropout on experts is for one adapter alone, not beside others or on top of merged ones; set "
+                "lora_dropout: 0, or start from an exported model"
+            )
+        return Dropout.drawn(share)
 
     def _operands_of(self, terms: Sequence[Term]) -> Operands | None:
         if not terms:

@@ -117,12 +117,12 @@ class ExpertLora(nn.Module, LoraLayer):
         """Adds an adapter.
 
         Raises:
-            ValueError: Rank, initialisation or dropout is not possible here.
+            ValueError: Rank, initialisation or dropout is not possible.
         """
         if not 1 <= r <= MOST_RANK:
             raise ValueError(f"kt_sft: adapters on experts may have ranks from 1 to {MOST_RANK}, got {r}")
-        if lora_dropout:
-            raise ValueError("kt_sft: adapters on experts have no dropout; set lora_dropout: 0")
+        if not 0 <= lora_dropout < 1:
+            raise ValueError(f"kt_sft: lora_dropout must be at least 0 and less than 1, got {lora_dropout}")
         if init_lora_weights not in (True, False, "gaussian"):
             raise ValueError(
                 f"kt_sft: init_lora_weights {init_lora_weights!r} reads weights that are rounded and frozen in the "
@@ -134,7 +134,7 @@ class ExpertLora(nn.Module, LoraLayer):
         self.use_rslora[adapter_name] = use_rslora
         self.use_dora[adapter_name] = False
         self.lora_bias[adapter_name] = False
-        self.lora_dropout[adapter_name] = nn.Identity()
+        self.lora_dropout[adapter_name] = nn.Dropout(lora_dropout) if lora_dropout else nn.Identity()
         self.lora_A[adapter_name] = nn.Linear(self.sizes[0], r * self.num_experts, bias=False)
         self.lora_B[adapter_name] = nn.Linear(r * self.num_experts, self.sizes[1], bias=False)
         if init_lora_weights:
@@ -189,8 +189,13 @@ class ExpertLora(nn.Module, LoraLayer):
         for name in self.active_adapters:
             gate_up, down = (layers[down].factors(name) if down in layers else None for down in (False, True))
             if gate_up is not None or down is not None:
-                terms.append(Term(gate_up, down))
+                terms.append(Term(gate_up, down, max(layer.dropout(name) for layer in layers.values())))
         return terms
+
+    def dropout(self, adapter_name: str) -> float:
+        """The share of what an adapter reads that is left out now: none outside of training."""
+        dropout = dict(self.lora_dropout.items()).get(adapter_name)
+        return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Makes adapters part of what the experts compute, until `unmerge`.

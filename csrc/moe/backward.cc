@@ -28,8 +28,9 @@ void Pass::BackwardChunk(const Chunk& given) {
   const int64_t panel_columns = RoundUp(kPanelColumns, width());
   const int64_t backward_worker = kPanelRows * panel_columns * bytes + Routing::kBlockRows * (panel_columns + 16) * 4;
   const ExpertLora& lora = chunk.call.lora;
-  const size_t worker_bytes = std::max(
-      {ForwardWorkerBytes(), static_cast<size_t>(backward_worker), lora.rank > 0 ? OuterWorkerBytes(lora.rank) : 0});
+  const int64_t apart = lora.dropout.below > 0 ? Routing::kBlockRows * (panel_columns + 16) * 4 : 0;
+  const size_t worker_bytes = std::max({ForwardWorkerBytes(), static_cast<size_t>(backward_worker + apart),
+                                        lora.rank > 0 ? OuterWorkerBytes(lora.rank) : 0});
 
   Panels x = LayOutPanels(chunk, Matrix::kUp), act = LayOutPanels(chunk, Matrix::kDown);
   LowRank z = LayOutLowRank(chunk, false), down_z = z, v = LayOutLowRank(chunk, true);
@@ -38,20 +39,22 @@ void Pass::BackwardChunk(const Chunk& given) {
   const bool recompute = chunk.retained == nullptr, hidden = recompute || trained;
   const int64_t retained_bytes = recompute ? rows * chunk.pre_columns() * 2 : 0;
   const int64_t act_stride = RowStride(shape.intermediate), act_bytes = trained ? act.bytes() : 0;
+  const int64_t dropped_bytes = hidden ? DroppedBytes(chunk, x, x) : 0;
   const int64_t act_row_bytes = trained ? rows * act_stride * bytes : 0;
   // Used one after the other: hidden panels (to recompute), rows of dL/dy, of hidden, of dL/dx.
   const int64_t shared_bytes = std::max({hidden ? x.bytes() : 0, rows * grad_stride * bytes, rows * out_stride * 4});
   arena_.Reset(Arena::Measure(static_cast<size_t>(shared_bytes)) + Arena::Measure(static_cast<size_t>(d_pre_bytes)) +
                Arena::Measure(static_cast<size_t>(inner_values) * 4) +
                Arena::Measure(static_cast<size_t>(retained_bytes)) + Arena::Measure(static_cast<size_t>(act_bytes)) +
-               Arena::Measure(static_cast<size_t>(act_row_bytes)) + 2 * MeasureLowRank(chunk, z) +
-               MeasureLowRank(chunk, v) + MeasureWorkers(worker_bytes) + 64);
+               Arena::Measure(static_cast<size_t>(act_row_bytes)) + Arena::Measure(static_cast<size_t>(dropped_bytes)) +
+               2 * MeasureLowRank(chunk, z) + MeasureLowRank(chunk, v) + MeasureWorkers(worker_bytes) + 64);
   char* const shared = arena_.Take<char>(shared_bytes);
   char* const d_pre = arena_.Take<char>(d_pre_bytes);
   float* const inner = arena_.Take<float>(inner_values);
   Bf16* const recomputed = arena_.Take<Bf16>(retained_bytes / 2);
   act.data = arena_.Take<char>(act_bytes);
   char* const act_rows = arena_.Take<char>(act_row_bytes);
+  char* const dropped = arena_.Take<char>(dropped_bytes);
   TakeLowRank(chunk, &z);
   TakeLowRank(chunk, &down_z);
   TakeLowRank(chunk, &v);
@@ -60,7 +63,7 @@ void Pass::BackwardChunk(const Chunk& given) {
   if (hidden) {
     x.data = shared;
     PackHidden(chunk, x);
-    if (lora.rank > 0) MultiplyLowRank(chunk, x, lora.gate_up.a, shape.hidden, z);
+    if (lora.rank > 0) MultiplyLowRank(chunk, x, DropoutRow::kHidden, dropped, lora.gate_up.a, shape.hidden, z);
   }
   if (recompute) {
     chunk.retained = recomputed;
@@ -69,7 +72,7 @@ void Pass::BackwardChunk(const Chunk& given) {
   PackRows(chunk, chunk.call.output_grad, shared, grad_stride);
   if (trained) {
     Reactivate(chunk, act_rows, act_stride, act);
-    MultiplyLowRank(chunk, act, lora.down.a, shape.intermediate, down_z);
+    MultiplyLowRank(chunk, act, DropoutRow::kActivations, nullptr, lora.down.a, shape.intermediate, down_z);
   }
   if (lora.rank > 0) {
     MultiplyByB(chunk, lora.down.b, shape.hidden, 0, shape.hidden, shared, grad_stride, false, v);
@@ -98,6 +101,10 @@ void Pass::BackwardChunk(const Chunk& given) {
     PackLowRankRows(chunk, v);
     if (trained) {
       PackRows(chunk, chunk.call.hidden, shared, grad_stride);
+      pool_.Run(CeilDiv(rows, kRowsPerTask), [&](int64_t task, int) {
+        for (int64_t r = task * kRowsPerTask; r < Smaller(rows, (task + 1) * kRowsPerTask); ++r)
+          DropFromRow(chunk, DropoutRow::kHidden, shape.hidden, r, shared + r * grad_stride * bytes);
+      });
       AddOuter(chunk, v, shared, grad_stride, shape.hidden, {to.gate_up_a, shape.hidden * lora.rank, false});
     }
   }
@@ -161,20 +168,20 @@ void Pass::DownBackward(const Chunk& chunk, const char* grad, int64_t grad_strid
   };
 
   RunOnBlocks(chunk, tasks_per_block, [&](int64_t task, int worker) {
-    const RowBlock& block = chunk.routing.blocks[static_cast<size_t>(task / tasks_per_block)];
+    const size_t b = static_cast<size_t>(task / tasks_per_block);
+    const RowBlock& block = chunk.routing.blocks[b];
     const WeightColumns weights = columns_of(task);
     const int64_t i = weights.column, columns = weights.columns;
     const bool more = task + pool_.TaskStride() < tasks;  // most likely this worker's next
     const WeightColumns next = more ? columns_of(task + pool_.TaskStride()) : WeightColumns{};
     float* const u = reinterpret_cast<float*>(Worker(worker));
     char* const panels = reinterpret_cast<char*>(u + Routing::kBlockRows * u_stride);
+    float* const apart = reinterpret_cast<float*>(panels + kPanelRows * (u_stride - 16) * bytes);
     MultiplyColumns(weights, more ? &next : nullptr, shape.format, block.rows, grad + block.first * grad_stride * bytes,
                     grad_stride, u, u_stride, false, panels);
     if (v.stride > 0) {
-      const int64_t rank = chunk.call.lora.rank;
-      MultiplyColumns({LoraView(chunk.call.lora.down.a, block.expert, rank, shape.intermediate), rank, i, columns},
-                      nullptr, Format::kBf16, block.rows, LowRankRow(v, block.first), v.panels.row_stride, u, u_stride,
-                      true, panels);
+      AddLowRankColumns(chunk, b, v, chunk.call.lora.down.a, shape.intermediate, DropoutRow::kActivations, i, columns,
+                        u, u_stride, panels, apart);
     }
     for (int64_t r = 0; r < block.rows; ++r) {
       const int64_t row = block.first + r;
@@ -209,7 +216,8 @@ void Pass::GateUpBackward(const Chunk& chunk, const char* d_pre, const LowRank& 
   };
 
   RunOnBlocks(chunk, tasks_per_block, [&](int64_t task, int worker) {
-    const RowBlock& block = chunk.routing.blocks[static_cast<size_t>(task / tasks_per_block)];
+    const size_t b = static_cast<size_t>(task / tasks_per_block);
+    const RowBlock& block = chunk.routing.blocks[b];
     for (int64_t part = 0; part < parts; ++part) {
       const WeightColumns weights = columns_of(task, part);
       const int64_t next_task = part + 1 < parts ? task : task + pool_.TaskStride();  // most likely this worker's
@@ -221,12 +229,25 @@ void Pass::GateUpBackward(const Chunk& chunk, const char* d_pre, const LowRank& 
     }
     if (v.stride == 0) return;
     const WeightColumns first = columns_of(task, 0);
-    const int64_t rank = chunk.call.lora.rank;
-    MultiplyColumns(
-        {LoraView(chunk.call.lora.gate_up.a, block.expert, rank, shape.hidden), rank, first.column, first.columns},
-        nullptr, Format::kBf16, block.rows, LowRankRow(v, block.first), v.panels.row_stride,
-        out_rows + block.first * out_stride + first.column, out_stride, true, Worker(worker));
+    float* const apart =
+        reinterpret_cast<float*>(Worker(worker) + kPanelRows * RoundUp(kPanelColumns, width()) * bytes);
+    AddLowRankColumns(chunk, b, v, chunk.call.lora.gate_up.a, shape.hidden, DropoutRow::kHidden, first.column,
+                      first.columns, out_rows + block.first * out_stride + first.column, out_stride, Worker(worker),
+                      apart);
   });
+}
+
+void Pass::AddLowRankColumns(const Chunk& chunk, size_t b, const LowRank& v, const Bf16* a, int64_t inputs, int of,
+                             int64_t column, int64_t columns, float* c, int64_t c_stride, char* panels,
+                             float* apart) const {
+  const RowBlock& block = chunk.routing.blocks[b];
+  const int64_t rank = chunk.call.lora.rank, apart_stride = RoundUp(kPanelColumns, width()) + 16;
+  const bool dropout = chunk.call.lora.dropout.below > 0;
+  MultiplyColumns({LoraView(a, block.expert, rank, inputs), rank, column, columns}, nullptr, Format::kBf16, block.rows,
+                  LowRankRow(v, block.first), v.panels.row_stride, dropout ? apart : c,
+                  dropout ? apart_stride : c_stride, !dropout, panels);
+  for (int64_t r = 0; r < block.rows && dropout; ++r)
+    AddKept(chunk, of, block.first + r, column, columns, apart + r * apart_stride, c + r * c_stride);
 }
 
 void Pass::CombineWeightsGrad(const Chunk& chunk, const float* inner) {

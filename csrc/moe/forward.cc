@@ -22,27 +22,30 @@ void Pass::ForwardChunk(const Chunk& chunk) {
   Panels act = LayOutPanels(chunk, Matrix::kDown);
   const int64_t unpacked_bytes = act.token_group > 0 ? chunk.routing.rows() * act.row_stride * act.element_bytes : 0;
   LowRank z = LayOutLowRank(chunk, false);
+  const int64_t dropped_bytes = DroppedBytes(chunk, x, act);
   const size_t worker_bytes = ForwardWorkerBytes();
   // The rows to combine take the place of the hidden panels, which nobody needs any more by then.
   const size_t shared_bytes =
       static_cast<size_t>(std::max(x.bytes(), chunk.routing.rows() * ResultStride(chunk.shape.hidden) * 4));
   arena_.Reset(Arena::Measure(shared_bytes) + Arena::Measure(static_cast<size_t>(act.bytes())) +
-               Arena::Measure(static_cast<size_t>(unpacked_bytes)) + MeasureLowRank(chunk, z) +
+               Arena::Measure(static_cast<size_t>(unpacked_bytes)) +
+               Arena::Measure(static_cast<size_t>(dropped_bytes)) + MeasureLowRank(chunk, z) +
                MeasureWorkers(worker_bytes) + 64);
   x.data = arena_.Take<char>(static_cast<int64_t>(shared_bytes));
   act.data = arena_.Take<char>(act.bytes());
   if (act.token_group > 0) act.unpacked = arena_.Take<char>(unpacked_bytes);
+  char* const dropped = arena_.Take<char>(dropped_bytes);
   TakeLowRank(chunk, &z);
   TakeWorkers(worker_bytes);
 
   const LayerShape& shape = chunk.shape;
   const ExpertLora& lora = chunk.call.lora;
   PackHidden(chunk, x);
-  if (lora.rank > 0) MultiplyLowRank(chunk, x, lora.gate_up.a, shape.hidden, z);
+  if (lora.rank > 0) MultiplyLowRank(chunk, x, DropoutRow::kHidden, dropped, lora.gate_up.a, shape.hidden, z);
   GateUp(chunk, x, z, &act);
   if (act.unpacked != nullptr) PackActivations(chunk, act);
   float* const rows = reinterpret_cast<float*>(x.data);
-  if (lora.rank > 0) MultiplyLowRank(chunk, act, lora.down.a, shape.intermediate, z);
+  if (lora.rank > 0) MultiplyLowRank(chunk, act, DropoutRow::kActivations, dropped, lora.down.a, shape.intermediate, z);
   Down(chunk, act, z, rows);
   CombineRows(chunk, rows, ResultStride(shape.hidden), true, chunk.call.output);
 }

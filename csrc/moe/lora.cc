@@ -46,7 +46,13 @@ void Pass::Scale(float factor, int64_t count, float* row) const {
   kernels_.combine(&terms, &factor, 1, count, row, DType::kF32);
 }
 
-void Pass::MultiplyLowRank(const Chunk& chunk, const Panels& x, const Bf16* a, int64_t inputs, const LowRank& z) {
+void Pass::MultiplyLowRank(const Chunk& chunk, const Panels& given, int of, char* dropped, const Bf16* a,
+                           int64_t inputs, const LowRank& z) {
+  Panels x = given;
+  if (dropped != nullptr && chunk.call.lora.dropout.below > 0) {
+    x.data = dropped;
+    DropFromPanels(chunk, of, inputs, given, x);
+  }
   const int64_t rank = chunk.call.lora.rank;
   RunOnBlocks(chunk, 1, [&](int64_t task, int worker) {
     const size_t b = static_cast<size_t>(task);
@@ -94,7 +100,7 @@ void Pass::AddLowRankFew(const Chunk& chunk, const LowRank& z, const Bf16* matri
   }
 }
 
-// Activations of all routed rows once more, from their pre-activations: as plain rows, and as panels.
+// What adapters read of activations of all routed rows once more, from pre-activations: as plain rows, and as panels.
 void Pass::Reactivate(const Chunk& chunk, char* rows, int64_t stride, const Panels& act) {
   const LayerShape& shape = chunk.shape;
   const int64_t bytes = kernels_.element_bytes, columns = shape.intermediate, pre_columns = chunk.pre_columns();
@@ -116,6 +122,7 @@ void Pass::Reactivate(const Chunk& chunk, char* rows, int64_t stride, const Pane
         activate(shape.gated ? values[0] : nullptr, values[1], some, out + k * bytes);
       }
       std::fill_n(out + columns * bytes, (Padded(columns) - columns) * bytes, 0);
+      DropFromRow(chunk, DropoutRow::kActivations, columns, row, out);
       packed[i] = out;
       if (Few(block)) std::copy_n(out, Padded(columns) * bytes, act.Row(b, group.first + i));
     }

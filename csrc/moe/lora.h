@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "cpu/numeric.h"
+#include "moe/dropout.h"
 
 namespace kt {
 
@@ -20,6 +21,7 @@ struct ExpertLora {
 
   int64_t rank = 0;  // padded; 0: none
   float scale = 1.0F;
+  Dropout dropout;   // of what A multiplies; to keep its mean, `scale` must make up for it
   LoraPair gate_up;  // outputs: 2I, gate first, or I for ungated experts
   LoraPair down;
 };

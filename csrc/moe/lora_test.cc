@@ -19,10 +19,11 @@ constexpr float kUntouched = 0.25F;  // what gradients are added to
 struct Adapter {
   int64_t rank = 0;  // padded
   float scale = 1;
+  Dropout dropout;
   std::vector<Bf16> gate_up_a, gate_up_b, down_a, down_b;
 
   ExpertLora view() const {
-    return {rank, scale, {gate_up_a.data(), gate_up_b.data()}, {down_a.data(), down_b.data()}};
+    return {rank, scale, dropout, {gate_up_a.data(), gate_up_b.data()}, {down_a.data(), down_b.data()}};
   }
 };
 
@@ -347,7 +348,8 @@ TEST(BlocksOfOneExpertAddUp) {
 TEST(BitsDoNotDependOnThreadsPolicyOrScratch) {
   std::mt19937 random(4);
   const Problem p = testing::MakeProblem({testing::Quick() ? 60 : 333, 3, 6, 150, 290}, {DType::kBf16, true}, random);
-  const Adapter adapter = MakeAdapter(p, 12, 2.0F, random);
+  Adapter adapter = MakeAdapter(p, 12, 2.0F, random);
+  adapter.dropout = {1, 1U << 31};
   for (const testing::TestedTier& tier : testing::CpuTiers()) {
     const LoraOutputs one = RunLora(p, adapter, *tier.kernels, 1, true);
     for (const int threads : {2, 5}) {

@@ -20,10 +20,11 @@ int64_t Pass::TokensAtOnce(const LayerCall& call) const {
   const int64_t low_rank = rank == 0 ? 0
                                      : (RowStride(shape.intermediate) + Padded(shape.intermediate)) * bytes +
                                            3 * (ResultStride(rank) * 4 + RowStride(rank) * bytes);
+  const int64_t dropped = call.lora.dropout.below > 0 ? (Padded(shape.hidden) + Padded(shape.intermediate)) * bytes : 0;
   // A row of dL/dx, of the gradients of pre-activations (forward's activations are shorter), of recomputed
   // pre-activations, and of sums for the router's gradient.
   const int64_t row = ResultStride(shape.hidden) * 4 + RowStride(parts * Padded(shape.intermediate)) * bytes +
-                      parts * shape.intermediate * 2 + shape.intermediate / 64 + 64 + low_rank;
+                      parts * shape.intermediate * 2 + shape.intermediate / 64 + 64 + low_rank + dropped;
   // What panels that are not full waste in each block.
   const int64_t waste = kernels_.lanes * (Padded(shape.hidden) + Padded(shape.intermediate)) * bytes + 128;
   // There are at most as many blocks as rows, and as experts and full blocks: either bound will do.

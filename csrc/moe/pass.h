@@ -128,7 +128,9 @@ class Pass {
   void TakeLowRank(const Chunk& chunk, LowRank* z);
   char* LowRankRow(const LowRank& v, int64_t row) const;
   void Scale(float factor, int64_t count, float* row) const;
-  void MultiplyLowRank(const Chunk& chunk, const Panels& x, const Bf16* a, int64_t inputs, const LowRank& z);
+  // `dropped` is room for a copy of x with some values left out, where there is dropout.
+  void MultiplyLowRank(const Chunk& chunk, const Panels& x, int of, char* dropped, const Bf16* a, int64_t inputs,
+                       const LowRank& z);
   void AddLowRankFew(const Chunk& chunk, const LowRank& z, const Bf16* matrices, int64_t outputs, size_t block,
                      int64_t row, int rows, float* c, int64_t c_stride, float* scratch) const;
   void Reactivate(const Chunk& chunk, char* rows, int64_t stride, const Panels& act);
@@ -140,6 +142,17 @@ class Pass {
   void PanelsOfRows(const char* rows, int64_t stride, int64_t count, int64_t columns, char* panels,
                     int64_t panel_elements) const;
   size_t OuterWorkerBytes(int64_t rank) const;
+  // c += v * A, columns [column, column + columns) of it.
+  void AddLowRankColumns(const Chunk& chunk, size_t block, const LowRank& v, const Bf16* a, int64_t inputs, int of,
+                         int64_t column, int64_t columns, float* c, int64_t c_stride, char* panels, float* apart) const;
+
+  // Dropout (dropout.cc) of hidden states or activations, by `of` (DropoutRow).
+  static DropoutRow DropoutOf(const Chunk& chunk, int of, int64_t row);
+  static int64_t DroppedBytes(const Chunk& chunk, const Panels& x, const Panels& act);
+  void DropFromPanels(const Chunk& chunk, int of, int64_t columns, const Panels& from, const Panels& to);
+  void DropFromRow(const Chunk& chunk, int of, int64_t columns, int64_t row, char* elements) const;
+  static void AddKept(const Chunk& chunk, int of, int64_t row, int64_t column, int64_t columns, const float* values,
+                      float* sums);
   void AddOuter(const Chunk& chunk, const LowRank& left, const char* right, int64_t right_stride, int64_t columns,
                 const OuterSum& to);
 

@@ -24,6 +24,7 @@ Routing SortByExpert(const int64_t* experts, const float* weights, int64_t token
   const int64_t rows = first[static_cast<size_t>(expert_count)];  // the sentinel's come after these
 
   routing.token_of.resize(static_cast<size_t>(rows));
+  routing.slot_of.resize(static_cast<size_t>(rows));
   routing.weight_of.resize(static_cast<size_t>(rows));
   routing.place_of.assign(static_cast<size_t>(tokens * slots), -1);
   std::vector<int64_t> next(first);
@@ -32,6 +33,7 @@ Routing SortByExpert(const int64_t* experts, const float* weights, int64_t token
     const int64_t row = next[static_cast<size_t>(experts[i])]++;
     routing.place_of[static_cast<size_t>(i)] = row;
     routing.token_of[static_cast<size_t>(row)] = i / slots;
+    routing.slot_of[static_cast<size_t>(row)] = i;
     routing.weight_of[static_cast<size_t>(row)] = weights[i];
   }
   for (int64_t e = 0; e < expert_count; ++e) {

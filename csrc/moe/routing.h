@@ -20,6 +20,7 @@ struct Routing {
   int64_t tokens = 0;
   int64_t slots = 0;              // K
   std::vector<int64_t> token_of;  // [rows] which token a sorted row belongs to
+  std::vector<int64_t> slot_of;   // [rows] which place of [T, K] it came from
   std::vector<int64_t> place_of;  // [T * K] which sorted row a slot went to, -1 for the sentinel
   std::vector<float> weight_of;   // [rows] routing weight of a sorted row
   std::vector<RowBlock> blocks;   // all rows, expert by expert

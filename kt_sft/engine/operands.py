@@ -43,10 +43,14 @@ class Factors:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Term:
-    """What one adapter changes: gate and up, which share A, and down; None where it changes nothing."""
+    """What one adapter changes: gate and up, which share A, and down; None where it changes nothing.
+
+    `dropout` is the share of what A reads that is left out.
+    """
 
     gate_up: Factors | None
     down: Factors | None
+    dropout: float = 0.0
 
     @classmethod
     def of(cls, change: LowRank) -> Term:
@@ -57,6 +61,31 @@ class Term:
     def tensors(self) -> tuple[Tensor, ...]:
         """A and B of gate and up, and of down."""
         return tuple(t for factors in (self.gate_up, self.down) if factors is not None for t in (factors.a, factors.b))
+
+
+@dataclasses.dataclass(frozen=True)
+class Dropout:
+    """What a call's adapters leave out: a function of a seed and of each value's place, the same in every pass.
+
+    Args:
+        seed: Of 64 bits.
+        below: How many of 2^32 equally likely numbers leave a value out.
+    """
+
+    seed: int = 0
+    below: int = 0
+
+    @classmethod
+    def drawn(cls, share: float) -> Dropout:
+        """With a new seed of torch's own generator of the CPU, which checkpointing restores to compute a call again."""
+        if share == 0:
+            return cls()
+        return cls(int(torch.randint(1 << 62, (), device="cpu")), round(share * 2**32))
+
+    @property
+    def scale(self) -> float:
+        """What is left is multiplied by this, to keep its mean."""
+        return 1 / (1 - self.below / 2**32)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -80,11 +109,10 @@ class Operands:
         """The matrices, in the engine's order."""
         return self.gate_up_a, self.gate_up_b, self.down_a, self.down_b
 
-    @property
-    def native(self) -> tuple[int, float, int, int, int, int]:
+    def native(self, dropout: Dropout) -> tuple[float, ...]:
         """As the native engine takes them; the tensors must be kept alive."""
         addresses = [tensor.data_ptr() for tensor in self.tensors]
-        return self.gate_up_a.shape[1], 1.0, addresses[0], addresses[1], addresses[2], addresses[3]
+        return self.gate_up_a.shape[1], dropout.scale, *addresses, dropout.seed, dropout.below
 
     def new_gradients(self) -> tuple[Tensor, ...]:
         """Zeros for the engine to add the matrices' gradients to, FP32 in their shapes."""

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from kt_sft.experts import CpuExperts
     from kt_sft.lora import ExpertLora
 
+#: The file beside adapter_config.json that keeps what PEFT would not load from there, and where a loaded config has it.
+_BESIDE, _TRAINED_WITH = "kt_sft_adapter.json", "_kt_sft_dropout"
+
 #: Settings of a LoraConfig that adapters on experts do not have, with the way out.
 _EXCLUDED = {
     "use_dora": "train plain LoRA",
@@ -35,7 +38,7 @@ _EXCLUDED = {
 
 
 def extend_lora_model(module: ModuleType) -> None:
-    """Wraps the two places of `LoraModel` that know of `target_parameters`.
+    """Wraps the two places of `LoraModel` that know of `target_parameters`, and the one that begins an adapter.
 
     Args:
         module: `peft.tuners.lora.model`.
@@ -60,6 +63,16 @@ def extend_lora_model(module: ModuleType) -> None:
             lora_config.target_parameters = None
         create(self, lora_config, *args, **kwargs)
 
+    inject_adapter = model_class.inject_adapter
+
+    @functools.wraps(inject_adapter)
+    def inject_with_dropout(self: Any, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        config = self.peft_config[adapter_name]
+        if hasattr(config, _TRAINED_WITH) and _has_experts(model):
+            config.lora_dropout = getattr(config, _TRAINED_WITH)
+        inject_adapter(self, model, adapter_name, *args, **kwargs)
+
+    model_class.inject_adapter = inject_with_dropout
     model_class._inject_parameters = _inject_parameters
     model_class._create_and_replace = _create_and_replace
 
@@ -86,6 +99,53 @@ def extend_peft_model(module: ModuleType) -> None:
         return result
 
     model_class.load_adapter = load_adapter
+
+
+def extend_lora_config(module: ModuleType) -> None:
+    """Wraps saving and loading of a `LoraConfig`: PEFT loads none that has both `target_parameters` and dropout.
+
+    What is saved then says dropout 0, and the value lies beside it for training to go on with.
+
+    Args:
+        module: `peft.tuners.lora.config`.
+    """
+    config_class: Any = module.LoraConfig
+    save, load = config_class.save_pretrained, config_class.from_pretrained.__func__
+
+    @functools.wraps(save)
+    def save_pretrained(self: Any, save_directory: Any, **kwargs: Any) -> None:
+        dropout = self.lora_dropout if self.target_parameters else 0.0
+        config = self
+        if dropout:
+            config = copy.copy(self)
+            config.lora_dropout = 0.0
+        save(config, save_directory, **kwargs)
+        beside = Path(save_directory, _BESIDE)
+        if dropout:
+            beside.write_text(json.dumps({"lora_dropout": dropout}), encoding="utf-8")
+        else:
+            beside.unlink(missing_ok=True)
+
+    @functools.wraps(load)
+    def from_pretrained(cls: type, path: Any, subfolder: str | None = None, **kwargs: Any) -> Any:
+        config = load(cls, path, subfolder, **kwargs)
+        beside = Path(path, subfolder or "", _BESIDE)
+        if beside.is_file():
+            setattr(config, _TRAINED_WITH, _dropout_in(beside))
+        return config
+
+    config_class.save_pretrained = save_pretrained
+    config_class.from_pretrained = classmethod(from_pretrained)
+
+
+def _dropout_in(path: Path) -> float:
+    try:
+        dropout = json.loads(path.read_text(encoding="utf-8"))["lora_dropout"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"kt_sft: {path} does not say an adapter's lora_dropout ({error!r})") from error
+    if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+        raise ValueError(f"kt_sft: {path} says lora_dropout {dropout!r}, which must be at least 0 and less than 1")
+    return dropout
 
 
 def target_parameters(model: nn.Module) -> list[str]:

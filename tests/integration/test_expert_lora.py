@@ -191,6 +191,68 @@ def turn_sides(folder: Path, experts: int) -> None:
     save_file(changed, path, {"format": "pt"})
 
 
+class TestDropout:
+    IDS = torch.arange(48).reshape(2, 24)
+
+    def gradients(self, folder: Path, reentrant: bool | None = None, seed: int = 3, **settings: Any) -> list[Any]:
+        model = adapted(load(folder, **settings), lora_dropout=0.3).train()
+        if reentrant is not None:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        torch.manual_seed(seed)
+        model(input_ids=self.IDS, labels=self.IDS).loss.backward()
+        return [value.grad for value in tensors(model).values()]
+
+    @pytest.mark.parametrize("reentrant", [None, True, False], ids=["plain", "reentrant", "non-reentrant"])
+    @pytest.mark.parametrize("policy", ["retain", "recompute"])
+    def test_every_pass_leaves_out_the_same(self, tiny_moe: Path, policy: str, reentrant: bool | None) -> None:
+        first = self.gradients(tiny_moe)
+        again = self.gradients(tiny_moe, reentrant, activation_policy=policy)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+        other = self.gradients(tiny_moe, seed=4)
+        assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+    def test_its_mean_is_the_layer_without(self, tiny_moe: Path) -> None:
+        """The down projection's change is linear in what is left out: 400 draws are off by 0.05 of one's spread."""
+        settings = {"target_modules": [], "target_parameters": EXPERTS[1:]}
+        layer = adapted(load(tiny_moe), lora_dropout=0.5, **settings).base_model.model.model.layers[0].mlp.experts
+        x, idx, w = torch.randn(8, 32), torch.zeros(8, 1, dtype=torch.long), torch.ones(8, 1)
+        with torch.no_grad():
+            expected = layer.eval()(x, idx, w)
+            layer.train()
+            draws = torch.stack([layer(x, idx, w) for _ in range(400)])
+        spread = draws.std(0)
+        assert spread.mean() > 0.1 * expected.std()
+        assert ((draws.mean(0) - expected).abs() <= 6 * spread / 400**0.5 + 8 * UNIT * expected.abs().max()).all()
+
+    def test_the_file_says_none_to_peft_and_keeps_it_for_training(self, tiny_moe: Path, tmp_path: Path) -> None:
+        model = adapted(load(tiny_moe), lora_dropout=0.3)
+        model.save_pretrained(tmp_path)
+
+        assert json.loads((tmp_path / "adapter_config.json").read_text())["lora_dropout"] == 0
+        assert model.peft_config["default"].lora_dropout == 0.3
+        assert_close(logits(model), logits(PeftModel.from_pretrained(load(tiny_moe, False), tmp_path)))
+        again = PeftModel.from_pretrained(load(tiny_moe), tmp_path, is_trainable=True)
+        layers = again.base_model.model.model.layers[0]
+        assert layers.mlp.experts.dropout("default") == 0.3
+        assert layers.self_attn.q_proj.lora_dropout["default"].p == 0.3
+        again.save_pretrained(tmp_path / "again")
+        assert (tmp_path / "again" / "kt_sft_adapter.json").read_bytes() == (
+            tmp_path / "kt_sft_adapter.json"
+        ).read_bytes()
+
+    def test_beside_other_adapters_it_is_refused(self, tiny_moe: Path) -> None:
+        merged = adapted(load(tiny_moe)).merge_and_unload()
+        model = adapted(merged, lora_dropout=0.3).train()
+        with pytest.raises(ValueError, match="dropout on experts is for one adapter alone"):
+            model(input_ids=self.IDS)
+
+    @pytest.mark.parametrize("share", [1.0, -0.1])
+    def test_an_impossible_share_is_refused(self, tiny_moe: Path, share: float) -> None:
+        with pytest.raises(ValueError, match="lora_dropout must be at least 0 and less than 1"):
+            adapted(load(tiny_moe), target_modules=[], lora_dropout=share)
+
+
 class TestSeveralAdapters:
     def test_one_is_active_and_each_is_saved_for_itself(self, tiny_moe: Path, tmp_path: Path) -> None:
         model = adapted(load(tiny_moe))

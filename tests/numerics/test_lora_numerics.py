@@ -9,7 +9,7 @@ import torch
 
 import kt_sft
 from kt_sft.engine.low_rank import LowRank
-from kt_sft.engine.operands import Factors, Term
+from kt_sft.engine.operands import Dropout, Factors, Term
 from tests.numerics.cases import Case, make_case, make_case_with_rows
 from tests.numerics.lora_reference import expected
 
@@ -41,8 +41,22 @@ def run(case: Case, layer: kt_sft.CpuExperts, *terms: Term) -> list[torch.Tensor
     return [y.detach(), *torch.autograd.grad(y, [x, w, *tensors], case.dy)]
 
 
-def excesses(case: Case, tier: str, layer: kt_sft.CpuExperts, term: Term, results: list[torch.Tensor]) -> dict:
-    bounds = expected(case, *layer.dequantized(), term, tier=tier, expert_format=layer.config.stored_format)
+def excesses(
+    case: Case,
+    tier: str,
+    layer: kt_sft.CpuExperts,
+    term: Term,
+    results: list[torch.Tensor],
+    dropout: Dropout | None = None,
+) -> dict[str, float]:
+    bounds = expected(
+        case,
+        *layer.dequantized(),
+        term,
+        tier=tier,
+        expert_format=layer.config.stored_format,
+        dropout=dropout or Dropout(),
+    )
     # The bounds carry all products of errors, which excess' allowance for them then only adds to.
     return {name: bound.excess(result) for name, bound, result in zip(NAMES, bounds, results, strict=True)}
 
@@ -64,6 +78,39 @@ def test_other_dtypes(tier, dtype):
     layer, term = layer_of(case), make_term(case, 5)
     found = excesses(case, tier, layer, term, run(case, layer, term))
     assert max(found.values()) <= 1, found
+
+
+@pytest.mark.parametrize(("rank", "expert_format"), [(3, "bf16"), (8, "int4"), (64, "bf16")])
+def test_dropout(tier, monkeypatch, rank, expert_format):
+    case = make_case_with_rows((1, 3, 0, 12, 65), 73, 41, seed=rank)
+    layer, term = layer_of(case, expert_format=expert_format), make_term(case, rank)
+    dropout = Dropout(seed=2**62 + rank, below=2**30)
+    monkeypatch.setattr(Dropout, "drawn", classmethod(lambda cls, share: dropout))
+    results = run(case, layer, dataclasses.replace(term, dropout=0.25))
+    found = excesses(case, tier, layer, term, results, dropout)
+    assert max(found.values()) <= 1, found
+    assert min(excesses(case, tier, layer, term, results, Dropout(1, 2**30)).values()) > 1  # of other values
+    recomputed = run(
+        case, layer_of(case, expert_format=expert_format, activation_policy="recompute", num_threads=1), term
+    )
+    assert all(torch.equal(a, b) for a, b in zip(recomputed, results, strict=True))
+
+
+def test_dropout_does_not_depend_on_how_calls_are_cut(tier):
+    case = make_case(2000, 2, 3, 40, 24)
+    term = dataclasses.replace(make_term(case, 4), dropout=0.5)
+    whole, cut = (
+        run_with_seed(case, layer_of(case, num_threads=threads, scratch_mb=scratch), term)
+        for threads, scratch in ((2, 64), (3, 1))
+    )
+    assert all(torch.equal(a, b) for a, b in zip(whole[:3], cut[:3], strict=True))
+    for one, other in zip(whole[3:], cut[3:], strict=True):  # summed in pieces: FP32, a few thousand terms
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 * float(one.abs().max()))
+
+
+def run_with_seed(case: Case, layer: kt_sft.CpuExperts, term: Term) -> list[torch.Tensor]:
+    torch.manual_seed(1)
+    return run(case, layer, term)
 
 
 @pytest.mark.parametrize("name", NAMES[3:])

@@ -197,6 +197,14 @@ class TestPeft:
         assert "load_result = set_peft_model_state_dict(" in source
         assert "return load_result" in source
 
+    def test_a_config_is_saved_and_loaded_by_its_class(self) -> None:
+        for method in (LoraConfig.save_pretrained, LoraConfig.from_pretrained.__func__):
+            assert hasattr(method, "__wrapped__")
+        assert parameters(LoraConfig.save_pretrained) == ["self", "save_directory", "kwargs"]
+        assert parameters(LoraConfig.from_pretrained.__func__)[1:3] == ["pretrained_model_name_or_path", "subfolder"]
+        assert "peft_config.save_pretrained(" in inspect.getsource(peft_model.PeftModel.save_pretrained)
+        assert parameters(lora_model.LoraModel.inject_adapter)[:3] == ["self", "model", "adapter_name"]
+
     @pytest.mark.parametrize("name", [*ours_peft._EXCLUDED, *ours_peft._COMPARED, "lora_dropout", "init_lora_weights"])
     def test_settings_of_a_config_exist(self, name: str) -> None:
         """A renamed setting would no longer be seen, as a missing one counts as not set."""
