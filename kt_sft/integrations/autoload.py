@@ -28,6 +28,7 @@ _HOOKS = {
     "peft.tuners.lora.model": ("kt_sft.integrations.peft", "extend_lora_model"),
     "peft.tuners.lora.config": ("kt_sft.integrations.peft", "extend_lora_config"),
     "peft.peft_model": ("kt_sft.integrations.peft", "extend_peft_model"),
+    "llamafactory.v1.plugins.model_plugins.peft": ("kt_sft.integrations.llamafactory", "extend_v1_adapters"),
     "llamafactory.v1.plugins.model_plugins.quantization": ("kt_sft.integrations.llamafactory", "register_v1"),
 }
 

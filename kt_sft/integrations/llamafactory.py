@@ -164,6 +164,15 @@ def extend_adapters(module: ModuleType) -> None:
     module.get_peft_model = get_peft_model  # type: ignore[attr-defined]
 
 
+def extend_v1_adapters(module: ModuleType) -> None:
+    """Likewise in LLaMA-Factory's v1.
+
+    Args:
+        module: `llamafactory.v1.plugins.model_plugins.peft`.
+    """
+    extend_adapters(module)
+
+
 def check_loaded_model(patcher: ModuleType) -> None:
     """Wraps `patch_model`, which every loaded model passes before it gets adapters: was the quantizer used?
 

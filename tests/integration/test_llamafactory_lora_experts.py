@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,7 @@ from transformers import AutoModelForCausalLM
 import kt_sft
 from kt_sft.config import ConfigError
 
-BLOCK: dict[str, Any] = {"kt_sft": {"lora_experts": True}, "lora_target": "all"}
+BLOCK: dict[str, Any] = {"kt_sft": {"lora_experts": True}, "lora_target": "all", "lora_dropout": 0.1}
 WITHOUT_PLUGIN = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
 
 #: Half the spacing of BF16 at 1.
@@ -54,6 +55,8 @@ def test_it_learns_on_experts_and_says_so_in_the_adapter(trained: Path) -> None:
     config = json.loads((trained / "adapter_config.json").read_text())
     assert sorted(config["target_parameters"]) == ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"]
     assert "q_proj" in config["target_modules"]
+    assert config["lora_dropout"] == 0  # PEFT loads no other with target_parameters
+    assert json.loads((trained / "kt_sft_adapter.json").read_text()) == {"lora_dropout": 0.1}
 
 
 def test_resume_continues_as_if_uninterrupted(trained: Path, write_recipe: Callable[..., Path], tmp_path: Path) -> None:
@@ -115,6 +118,16 @@ def test_chat_api_and_export_merge_it(trained: Path, tiny_moe: Path) -> None:
     settings = {"dtype": model.dtype, "quantization_config": kt_sft.KTConfig()}
     adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_moe, **settings), trained)
     assert (logits(model) - logits(adapted)).abs().mean() <= 8 * UNIT * logits(adapted).abs().max()
+
+
+def test_it_is_trained_through_v1(tiny_moe: Path) -> None:
+    pytest.importorskip("llamafactory.v1")
+    peft_plugin = importlib.import_module("llamafactory.v1.plugins.model_plugins.peft")
+    settings = kt_sft.KTConfig(lora_experts=True)
+    model = AutoModelForCausalLM.from_pretrained(tiny_moe, quantization_config=settings)
+    adapted = peft_plugin.get_lora_model(model, {"r": 2}, is_train=True)
+    trained = {key for key, value in adapted.named_parameters() if value.requires_grad}
+    assert "base_model.model.model.layers.1.mlp.experts.base_layer.lora_A.default.weight" in trained
 
 
 def test_a_dense_model_is_refused(parse: Callable[..., Any]) -> None:
