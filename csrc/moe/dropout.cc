@@ -30,27 +30,22 @@ void Pass::DropFromPanels(const Chunk& chunk, int of, int64_t columns, const Pan
       char* const row = few ? to.Row(b, group.first + t) : panel + t * pair * bytes;
       if (few) std::copy_n(from.Row(b, group.first + t), Padded(columns) * bytes, row);
       const int64_t step = few ? pair : group.width * pair;
-      for (int64_t k = 0; k < columns; ++k) {
-        if (dropped.Drops(k)) std::fill_n(row + (k / pair * step + k % pair) * bytes, bytes, 0);
-      }
+      dropped.ForEachDropped(0, columns,
+                             [&](int64_t k) { std::fill_n(row + (k / pair * step + k % pair) * bytes, bytes, 0); });
     }
   });
 }
 
 void Pass::DropFromRow(const Chunk& chunk, int of, int64_t columns, int64_t row, char* elements) const {
   if (chunk.call.lora.dropout.below == 0) return;
-  const DropoutRow dropped = DropoutOf(chunk, of, row);
-  for (int64_t k = 0; k < columns; ++k) {
-    if (dropped.Drops(k)) std::fill_n(elements + k * kernels_.element_bytes, kernels_.element_bytes, 0);
-  }
+  const int64_t bytes = kernels_.element_bytes;
+  DropoutOf(chunk, of, row).ForEachDropped(0, columns, [&](int64_t k) { std::fill_n(elements + k * bytes, bytes, 0); });
 }
 
-void Pass::AddKept(const Chunk& chunk, int of, int64_t row, int64_t column, int64_t columns, const float* values,
+void Pass::AddKept(const Chunk& chunk, int of, int64_t row, int64_t column, int64_t columns, float* values,
                    float* sums) {
-  const DropoutRow dropped = DropoutOf(chunk, of, row);
-  for (int64_t k = 0; k < columns; ++k) {
-    if (!dropped.Drops(column + k)) sums[k] += values[k];
-  }
+  DropoutOf(chunk, of, row).ForEachDropped(column, column + columns, [&](int64_t k) { values[k - column] = 0.0F; });
+  for (int64_t k = 0; k < columns; ++k) sums[k] += values[k];
 }
 
 }  // namespace kt

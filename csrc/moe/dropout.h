@@ -21,10 +21,14 @@ class DropoutRow {
       : key_(Mix(dropout.seed + Mix(2 * static_cast<uint64_t>(slot) + static_cast<uint64_t>(of)))),
         below_(dropout.below) {}
 
-  // One number serves two columns.
-  bool Drops(int64_t column) const {
-    const uint64_t bits = Mix(key_ + (static_cast<uint64_t>(column) >> 1) * kStep);
-    return static_cast<uint32_t>(bits >> (column % 2 * 32)) < below_;
+  // Calls function(column) for every column of [first, end) that is left out.
+  template <class Function>
+  void ForEachDropped(int64_t first, int64_t end, const Function& function) const {
+    for (int64_t pair = first / 2; 2 * pair < end; ++pair) {  // one number serves two columns
+      const uint64_t bits = Mix(key_ + static_cast<uint64_t>(pair) * kStep);
+      if (static_cast<uint32_t>(bits) < below_ && 2 * pair >= first) function(2 * pair);
+      if (static_cast<uint32_t>(bits >> 32) < below_ && 2 * pair + 1 < end) function(2 * pair + 1);
+    }
   }
 
  private:

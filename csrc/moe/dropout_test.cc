@@ -1,7 +1,10 @@
 // Which values dropout leaves out: as many as asked for, anew for each place and seed, and the same every time.
 #include "moe/dropout.h"
 
+#include <algorithm>
 #include <cmath>
+#include <utility>
+#include <vector>
 
 #include "testing.h"
 
@@ -10,20 +13,27 @@ namespace {
 
 constexpr int64_t kSlots = 200, kColumns = 501;
 
+std::vector<bool> Dropped(const DropoutRow& row, int64_t columns = kColumns) {
+  std::vector<bool> dropped(static_cast<size_t>(columns));
+  row.ForEachDropped(0, columns, [&](int64_t column) { dropped[static_cast<size_t>(column)] = true; });
+  return dropped;
+}
+
 int64_t CountDrops(const Dropout& dropout, int of) {
   int64_t count = 0;
   for (int64_t slot = 0; slot < kSlots; ++slot) {
-    const DropoutRow row(dropout, of, slot);
-    for (int64_t column = 0; column < kColumns; ++column) count += row.Drops(column) ? 1 : 0;
+    const std::vector<bool> row = Dropped(DropoutRow(dropout, of, slot));
+    count += std::count(row.begin(), row.end(), true);
   }
   return count;
 }
 
 // Values left out by both, at another place of the second.
 int64_t CountBoth(const DropoutRow& one, const DropoutRow& other, int64_t shift) {
+  const std::vector<bool> of_one = Dropped(one), of_other = Dropped(other, kColumns + shift);
   int64_t count = 0;
-  for (int64_t column = 0; column < kColumns; ++column) {
-    count += one.Drops(column) && other.Drops(column + shift) ? 1 : 0;
+  for (size_t column = 0; column < of_one.size(); ++column) {
+    count += of_one[column] && of_other[column + static_cast<size_t>(shift)] ? 1 : 0;
   }
   return count;
 }
@@ -58,10 +68,17 @@ TEST(EveryPlaceAndSeedHasItsOwn) {
   for (const int64_t both : {slots, columns, kinds, seeds}) CHECK(AsLikely(both, kSlots * kColumns, 0.25));
 }
 
-TEST(TheSamePlaceIsTheSameEveryTime) {
-  const Dropout dropout{5, 1U << 30};
-  const DropoutRow row(dropout, DropoutRow::kHidden, 9), again(dropout, DropoutRow::kHidden, 9);
-  for (int64_t column = kColumns - 1; column >= 0; --column) CHECK(row.Drops(column) == again.Drops(column));
+TEST(ARowCanBeTakenInPieces) {
+  const DropoutRow row({5, 1U << 30}, DropoutRow::kHidden, 9);
+  const std::vector<bool> whole = Dropped(row);
+  std::vector<bool> pieces(whole.size());
+  for (const auto& [first, end] : std::vector<std::pair<int64_t, int64_t>>{{300, kColumns}, {0, 1}, {1, 7}, {7, 300}}) {
+    row.ForEachDropped(first, end, [&, from = first, to = end](int64_t column) {
+      CHECK(column >= from && column < to);
+      pieces[static_cast<size_t>(column)] = true;
+    });
+  }
+  CHECK(pieces == whole);
 }
 
 }  // namespace

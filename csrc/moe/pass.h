@@ -151,7 +151,8 @@ class Pass {
   static int64_t DroppedBytes(const Chunk& chunk, const Panels& x, const Panels& act);
   void DropFromPanels(const Chunk& chunk, int of, int64_t columns, const Panels& from, const Panels& to);
   void DropFromRow(const Chunk& chunk, int of, int64_t columns, int64_t row, char* elements) const;
-  static void AddKept(const Chunk& chunk, int of, int64_t row, int64_t column, int64_t columns, const float* values,
+  // sums += values, but for those left out, which become zeros.
+  static void AddKept(const Chunk& chunk, int of, int64_t row, int64_t column, int64_t columns, float* values,
                       float* sums);
   void AddOuter(const Chunk& chunk, const LowRank& left, const char* right, int64_t right_stride, int64_t columns,
                 const OuterSum& to);
