@@ -1,67 +1,21 @@
-"""LoRA on routed experts in the engine beside plain PEFT on the plain model: same tensors, same results, same files."""
+"""LoRA on routed experts in the engine beside plain PEFT on the plain model: same tensors, same results."""
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from adapted_models import EXPERTS, UNIT, adapted, assert_close, load, logits, tensors
 from families import FAMILIES, make
-from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
-from torch import nn
-from transformers import AutoModelForCausalLM
+from peft import PeftModel
 
 import kt_sft
 from kt_sft.integrations.peft import target_parameters
 from kt_sft.lora import ExpertLora
-
-EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-
-#: Half the spacing of BF16 at 1, which adapters' matrices are rounded to in the engine.
-UNIT = 2.0**-9
-
-
-def load(folder: Path, engine: bool = True, **settings: Any) -> nn.Module:
-    """The tiny model; every token goes to all its experts, so that no rounding can send it elsewhere."""
-    config = {"quantization_config": kt_sft.KTConfig(**settings)} if engine else {}
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, num_experts_per_tok=8, **config)
-
-
-def adapted(model: nn.Module, seed: int = 0, name: str = "default", filled: bool = True, **settings: Any) -> PeftModel:
-    """The model with an adapter on attention and experts, whose B is no longer zero if `filled`."""
-    torch.manual_seed(seed)
-    config = LoraConfig(
-        **({"r": 3, "lora_alpha": 5, "target_modules": ["q_proj"], "target_parameters": EXPERTS} | settings)
-    )
-    if isinstance(model, PeftModel):
-        model.add_adapter(name, config)
-    else:
-        model = get_peft_model(model, config, adapter_name=name)
-    if filled:
-        with torch.no_grad():
-            for key, value in model.named_parameters():
-                if f"lora_B.{name}" in key:
-                    value.normal_(std=0.1)
-    return model
-
-
-def logits(model: nn.Module) -> torch.Tensor:
-    model.eval()
-    with torch.no_grad():
-        return model(input_ids=torch.arange(48).reshape(2, 24)).logits
-
-
-def tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {key: value for key, value in model.named_parameters() if "lora_" in key}
-
-
-def assert_close(actual: torch.Tensor, reference: torch.Tensor) -> None:
-    """Matrices rounded to BF16, and products of them: a few units of the largest, whichever way the errors add up."""
-    assert (actual - reference).abs().max() <= 8 * UNIT * reference.abs().max()
 
 
 @pytest.mark.parametrize("targets", [EXPERTS, EXPERTS[:1], EXPERTS[1:]], ids=["both", "gate_up", "down"])
@@ -154,41 +108,18 @@ def test_a_hundred_steps_track_plain_peft(tiny_moe: Path) -> None:
     assert others[-1] != pytest.approx(plain[-1], rel=16 * UNIT)
 
 
-def test_files_are_exchanged_with_plain_peft_both_ways(tiny_moe: Path, tmp_path: Path) -> None:
-    ours, plain = adapted(load(tiny_moe)), adapted(load(tiny_moe, False), seed=1)
-    ours.save_pretrained(tmp_path / "ours")
-    plain.save_pretrained(tmp_path / "plain")
-
-    there = PeftModel.from_pretrained(load(tiny_moe, False), tmp_path / "ours")
-    here = PeftModel.from_pretrained(load(tiny_moe), tmp_path / "plain")
-
-    files = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("ours", "plain")]
-    assert {key: value.shape for key, value in files[0].items()} == {k: v.shape for k, v in files[1].items()}
-    assert all(torch.equal(a, b) for a, b in zip(tensors(there).values(), tensors(ours).values(), strict=True))
-    assert all(torch.equal(a, b) for a, b in zip(tensors(here).values(), tensors(plain).values(), strict=True))
-    assert_close(logits(ours), logits(there))
-    assert_close(logits(here), logits(plain))
-
-
-def test_an_adapter_with_a_on_the_other_side_loads(tiny_moe: Path, tmp_path: Path) -> None:
-    """As the version of PEFT that is not installed keeps it: sizes tell which it is."""
-    ours = adapted(load(tiny_moe))
-    ours.save_pretrained(tmp_path)
-    turn_sides(tmp_path, experts=8)
-    again = PeftModel.from_pretrained(load(tiny_moe), tmp_path)
-    assert all(torch.equal(a, b) for a, b in zip(tensors(again).values(), tensors(ours).values(), strict=True))
-
-
-def turn_sides(folder: Path, experts: int) -> None:
-    path = folder / "adapter_model.safetensors"
-    changed = load_file(path)
-    for key in [key for key in changed if "experts" in key and "lora_A" in key]:
-        a, b = changed[key], changed[key.replace("lora_A", "lora_B")]
-        changed[key] = b.unflatten(1, (-1, experts)).permute(2, 1, 0).flatten(0, 1).contiguous()
-        changed[key.replace("lora_A", "lora_B")] = (
-            a.unflatten(0, (experts, -1)).permute(2, 1, 0).flatten(1, 2).contiguous()
-        )
-    save_file(changed, path, {"format": "pt"})
+def test_copies_share_weights_but_not_adapters(tiny_moe: Path) -> None:
+    model = adapted(load(tiny_moe))
+    expected = logits(model)
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        for value in tensors(copied).values():
+            value.zero_()
+    assert torch.equal(logits(model), expected)
+    assert torch.equal(logits(copied), logits(load(tiny_moe)))
+    layers = [each.base_model.model.model.layers[0].mlp.experts for each in (model, copied)]
+    assert layers[0].experts.store is layers[1].experts.store
+    assert "parameter_name='down_proj'" in repr(layers[0])
 
 
 class TestDropout:
@@ -321,64 +252,3 @@ class TestMerging:
 def logits_of_two(folder: Path) -> torch.Tensor:
     model = adapted(load(folder, False)).merge_and_unload()
     return logits(adapted(model, seed=4).merge_and_unload())
-
-
-class TestWhatDoesNotFit:
-    """Nothing is dropped or taken for something else without a word."""
-
-    @pytest.fixture
-    def saved(self, tiny_moe: Path, tmp_path: Path) -> Path:
-        adapted(load(tiny_moe)).save_pretrained(tmp_path)
-        return tmp_path
-
-    @pytest.mark.parametrize(
-        ("change", "message"),
-        [
-            ({"r": 4}, "an adapter of rank 4 .* another rank, or was made for another model"),
-            ({"target_parameters": EXPERTS[:1]}, "an adapter of rank 3 on gate_up_proj of 8 experts has"),
-            ({"target_parameters": None}, "is a weight of routed experts"),
-            ({"target_parameters": [*EXPERTS, "experts.gate_up_proj_bias"]}, "names experts.gate_up_proj_bias"),
-            ({"target_modules": []}, r"has tensors that this model has no place for: .*q_proj"),
-            ({"target_modules": ["q_proj", "v_proj"]}, r"lacks tensors that its config asks for: .*v_proj"),
-            ({"use_dora": True}, "cannot have use_dora"),
-            ({"r": 257}, "ranks from 1 to 256, got 257"),
-        ],
-    )
-    def test_a_config(self, saved: Path, tiny_moe: Path, change: dict[str, Any], message: str) -> None:
-        path = saved / "adapter_config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | change))
-        with pytest.raises(ValueError, match=message):
-            PeftModel.from_pretrained(load(tiny_moe), saved)
-
-    def test_experts_of_another_number(self, saved: Path, tiny_moe: Path) -> None:
-        def change(values: dict[str, torch.Tensor]) -> None:
-            for key in [key for key in values if "experts" in key]:
-                values[key] = (values[key][:9] if "lora_A" in key else values[key][:, :9]).contiguous()
-
-        self._rewrite(saved, change)
-        with pytest.raises(ValueError, match=r"of 8 experts has .* made for another model"):
-            PeftModel.from_pretrained(load(tiny_moe), saved)
-
-    def test_a_tensor_that_is_missing(self, saved: Path, tiny_moe: Path) -> None:
-        self._rewrite(saved, lambda values: values.pop(next(key for key in values if "experts" in key)))
-        with pytest.raises(ValueError, match=r"lacks tensors that its config asks for: .*experts"):
-            PeftModel.from_pretrained(load(tiny_moe), saved)
-
-    def test_another_adapter_than_the_one_that_is_trained(self, saved: Path, tiny_moe: Path) -> None:
-        model = adapted(load(tiny_moe), lora_alpha=6)
-        with pytest.raises(ValueError, match=r"is not the one that this run trains \(lora_alpha 5 there, 6 here"):
-            model.load_adapter(saved, "default", is_trainable=True)
-
-    def test_integer_products(self, tiny_moe: Path) -> None:
-        model = load(tiny_moe, expert_format="int8", compute="int8")
-        with pytest.raises(ValueError, match="compute 'int8' multiplies rounded tokens"):
-            adapted(model)
-
-    def test_a_model_without_experts(self) -> None:
-        with pytest.raises(ValueError, match="lora_experts is set, but Linear has no routed experts"):
-            target_parameters(nn.Linear(2, 2))
-
-    def _rewrite(self, folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
-        values = load_file(folder / "adapter_model.safetensors")
-        change(values)
-        save_file(values, folder / "adapter_model.safetensors", {"format": "pt"})

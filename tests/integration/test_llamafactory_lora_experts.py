@@ -82,6 +82,35 @@ def test_training_goes_on_from_an_adapter(trained: Path, write_recipe: Callable[
     assert not any(torch.equal(before[key], after[key]) for key in before)
 
 
+STAGES: dict[str, dict[str, Any]] = {
+    "pt": {"stage": "pt", "dataset": "pt"},
+    "dpo": {"stage": "dpo", "dataset": "pair", "ref_model": "MODEL"},
+    "kto": {"stage": "kto", "dataset": "kto"},
+    "rm": {"stage": "rm", "dataset": "pair"},
+    "accumulated": {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
+    "best": {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2, "val_size": 0.2},
+}
+
+
+def test_other_ways_of_training(base_recipe: dict[str, Any], tiny_moe: Path, tmp_path: Path) -> None:
+    """In one process for all, to save its start."""
+    recipes = []
+    for name, changes in STAGES.items():
+        changes = {key: str(tiny_moe) if value == "MODEL" else value for key, value in changes.items()}
+        recipes.append(base_recipe | BLOCK | changes | {"max_steps": 2, "output_dir": str(tmp_path / name)})
+    script = (
+        "import json, sys; from llamafactory.train.tuner import run_exp\n"
+        "for recipe in json.loads(sys.argv[1]): run_exp(recipe)\n"
+    )
+    result = run_command(["python", "-c", script, json.dumps(recipes)])
+    assert result.returncode == 0, result.stdout
+    for name in STAGES:
+        losses = train_losses(tmp_path / name)
+        assert len({*losses}) == 2, name
+        values = load_file(tmp_path / name / "adapter_model.safetensors")
+        assert all(values[key].any() for key in values if ".mlp.experts." in key), name
+
+
 def test_a_process_without_kt_sft_computes_the_same(trained: Path, tiny_moe: Path, tmp_path: Path) -> None:
     script = (
         "import sys, torch\n"
