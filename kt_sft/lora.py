@@ -259,6 +259,8 @@ class ExpertLora(nn.Module, LoraLayer):
                 f"on {self.parameter_name} of {self.num_experts} experts has {(ranks, sizes[0])} and "
                 f"{(sizes[1], ranks)}. It is of another rank, or was made for another model"
             )
+        if not (a.isfinite().all() and b.isfinite().all()):
+            raise ValueError(f"kt_sft: {key} or its B has values that are not finite; the file is damaged")
         turned = stored != sizes
         if sizes[0] == sizes[1] and self.experts.loaded_a_meets_inputs is not None:
             turned = self.experts.loaded_a_meets_inputs != self.a_meets_inputs

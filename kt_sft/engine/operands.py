@@ -181,20 +181,19 @@ class OperandCache:
     """
 
     def __init__(self) -> None:
-        self._key: tuple[Any, ...] = ()
-        self._sources: list[Tensor] = []  # kept, or other tensors might come to lie at the same addresses
-        self._operands: Operands | None = None
+        # (what they were made of, the operands, their sources) in one, as several threads may call a layer. Sources are
+        # kept, or other tensors might come to lie at the same addresses.
+        self._last: tuple[tuple[Any, ...], Operands, list[Tensor]] | None = None
 
     def operands(
         self, terms: Sequence[Term], gate_up_shape: tuple[int, int], down_shape: tuple[int, int], experts: int
     ) -> Operands:
         """As `pack` gives them, for the present values."""
-        key = _state(terms)
-        operands = self._operands
-        if operands is None or key != self._key:
-            operands = pack(terms, gate_up_shape, down_shape, experts)
-            self._sources = [tensor.detach() for term in terms for tensor in term.tensors]
-            self._key, self._operands = key, operands
+        key, last = _state(terms), self._last
+        if last is not None and last[0] == key:
+            return last[1]
+        operands = pack(terms, gate_up_shape, down_shape, experts)
+        self._last = key, operands, [tensor.detach() for term in terms for tensor in term.tensors]
         return operands
 
     def __deepcopy__(self, memo: dict[int, object]) -> OperandCache:

@@ -13,8 +13,10 @@ from adapted_models import EXPERTS, adapted, assert_close, load, logits, tensors
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from kt_sft.integrations.peft import target_parameters
+from kt_sft.lora import peft_turns_parameters
 
 
 def test_files_are_exchanged_with_plain_peft_both_ways(tiny_moe: Path, tmp_path: Path) -> None:
@@ -51,6 +53,29 @@ def test_an_adapter_with_a_on_the_other_side_loads(tiny_moe: Path, tmp_path: Pat
     ours.save_pretrained(tmp_path)
     turn_sides(tmp_path, experts=8)
     again = PeftModel.from_pretrained(load(tiny_moe), tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(tensors(again).values(), tensors(ours).values(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("version", "turned"), [("0.18.1", False), (None, False), ("0.19.0.dev0@1234", True), ("0.19.1", True)]
+)
+def test_where_sizes_do_not_tell_the_version_does(tmp_path: Path, version: str | None, turned: bool) -> None:
+    """With H = 2I gate_up is square for either side."""
+    if peft_turns_parameters():
+        pytest.skip("the installed PEFT is of the other kind: which files are turned is the other way round")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "moe_intermediate_size": 16, "num_hidden_layers": 1, "num_experts": 8, "head_dim": 8}
+    config = Qwen3MoeConfig(vocab_size=100, intermediate_size=8, num_attention_heads=4, **sizes)
+    Qwen3MoeForCausalLM(config).bfloat16().save_pretrained(tmp_path / "model")
+    ours = adapted(load(tmp_path / "model"), target_parameters=EXPERTS[:1])
+    ours.save_pretrained(tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"peft_version": version}))
+    if turned:
+        turn_sides(tmp_path / "adapter", experts=8)
+
+    again = PeftModel.from_pretrained(load(tmp_path / "model"), tmp_path / "adapter")
+
     assert all(torch.equal(a, b) for a, b in zip(tensors(again).values(), tensors(ours).values(), strict=True))
 
 
@@ -100,6 +125,16 @@ class TestWhatDoesNotFit:
 
         self._rewrite(saved, change)
         with pytest.raises(ValueError, match=r"of 8 experts has .* made for another model"):
+            PeftModel.from_pretrained(load(tiny_moe), saved)
+
+    def test_values_that_are_not_finite(self, saved: Path, tiny_moe: Path) -> None:
+        def change(values: dict[str, torch.Tensor]) -> None:
+            next(value for key, value in values.items() if "experts.lora_B" in key)[2, 3] = float("nan")
+
+        self._rewrite(saved, change)
+        with pytest.raises(
+            ValueError, match=r"experts\.lora_A\.default\.weight or its B has values that are not finite"
+        ):
             PeftModel.from_pretrained(load(tiny_moe), saved)
 
     def test_a_tensor_that_is_missing(self, saved: Path, tiny_moe: Path) -> None:
