@@ -91,6 +91,8 @@ def extend_peft_model(module: ModuleType) -> None:
         if not _has_experts(self):
             return load(self, model_id, adapter_name, *args, **kwargs)
         stored = _stored_config(model_id, kwargs)
+        if stored.get("peft_type") != "LORA":  # of no other kind there is anything on experts
+            return load(self, model_id, adapter_name, *args, **kwargs)
         if adapter_name in self.peft_config:
             _check_same(model_id, stored, self.peft_config[adapter_name])
         with _orientation(self, stored):
@@ -297,25 +299,22 @@ def _stored_config(model_id: Any, settings: Mapping[str, Any]) -> dict[str, Any]
     return stored
 
 
-#: What an adapter must have in common with the one that its tensors are loaded into.
-_COMPARED = ("r", "lora_alpha", "use_rslora", "target_modules", "target_parameters", "rank_pattern", "alpha_pattern")
+#: What an adapter must have in common with the one that its tensors are loaded into. Targets can be written in several
+#: ways; where they differ, tensors are missing or have no place.
+_COMPARED = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
 
 
 def _check_same(model_id: Any, stored: Mapping[str, Any], present: Any) -> None:
     different = []
     for name in _COMPARED:
-        there, here = (_comparable(value) for value in (stored.get(name), getattr(present, name, None)))
-        if there != here:
-            different.append(f"{name} {stored.get(name)!r} there, {getattr(present, name, None)!r} here")
+        there, here = stored.get(name), getattr(present, name, None)
+        if (there or None) != (here or None):  # absent, empty and false are the same
+            different.append(f"{name} {there!r} there, {here!r} here")
     if different:
         raise ValueError(
             f"kt_sft: the adapter in {model_id} is not the one that this run trains ({'; '.join(different)}); use the "
             "settings it was trained with, or load it with adapter_name_or_path"
         )
-
-
-def _comparable(value: Any) -> Any:
-    return {*value} if isinstance(value, list | tuple | set) else value or None
 
 
 def _check_complete(model_id: Any, result: Any) -> None:

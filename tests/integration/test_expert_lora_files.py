@@ -56,6 +56,17 @@ def test_an_adapter_with_a_on_the_other_side_loads(tiny_moe: Path, tmp_path: Pat
     assert all(torch.equal(a, b) for a, b in zip(tensors(again).values(), tensors(ours).values(), strict=True))
 
 
+def test_targets_may_be_written_in_other_ways(tiny_moe: Path, tmp_path: Path) -> None:
+    """PEFT writes out what a config asks for; a config by hand may say it shorter."""
+    ours = adapted(load(tiny_moe), target_modules="all-linear")
+    ours.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    shorter = {"target_modules": "all-linear", "target_parameters": ["gate_up_proj", "down_proj"]}
+    path.write_text(json.dumps(json.loads(path.read_text()) | shorter))
+    again = PeftModel.from_pretrained(load(tiny_moe), tmp_path)
+    assert torch.equal(logits(again), logits(ours))
+
+
 @pytest.mark.parametrize(
     ("version", "turned"), [("0.18.1", False), (None, False), ("0.19.0.dev0@1234", True), ("0.19.1", True)]
 )
