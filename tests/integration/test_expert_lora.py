@@ -200,6 +200,16 @@ class TestSeveralAdapters:
         there = PeftModel.from_pretrained(load(tiny_moe, False), tmp_path / "other")
         assert_close(second, logits(there))
 
+    def test_several_at_once_add_up(self, tiny_moe: Path) -> None:
+        model = adapted(adapted(load(tiny_moe)), seed=5, name="other", r=2)
+        model.base_model.set_adapter(["default", "other"])
+        both = logits(model)
+        one_after_the_other = adapted(load(tiny_moe)).merge_and_unload()
+        one_after_the_other = adapted(one_after_the_other, seed=5, name="other", r=2)
+        assert_close(both, logits(one_after_the_other))
+        model.merge_adapter(["default", "other"])
+        assert_close(logits(model), both)
+
     def test_disabled_ones_leave_the_base_model(self, tiny_moe: Path) -> None:
         model = adapted(load(tiny_moe))
         with model.disable_adapter():

@@ -45,6 +45,7 @@ def test_ranks(tiny_moe: Path, tmp_path: Path, settings: dict[str, Any]) -> None
     assert_close(logits(ours), logits(plain))
     again = PeftModel.from_pretrained(load(tiny_moe), tmp_path)
     assert torch.equal(logits(again), logits(ours))
+    assert_close(logits(again.merge_and_unload()), logits(plain))
 
 
 def test_an_adapter_with_a_on_the_other_side_loads(tiny_moe: Path, tmp_path: Path) -> None:
