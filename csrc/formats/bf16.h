@@ -14,6 +14,14 @@ struct Bf16Format {
     return w.rows + row * w.row_stride + column * 2;
   }
 
+  // Two vectors' worth of values, as elements of tiers that multiply FP32.
+  template <class Ops>
+  static typename Ops::Step Step(const uint8_t* values) {
+    const Bf16* const from = reinterpret_cast<const Bf16*>(values);
+    return Ops::Halves(Ops::LoadBf16(from), Ops::LoadBf16(from + Ops::kLanes));
+  }
+  static constexpr int64_t CodeBytes(int64_t columns) { return 2 * columns; }
+
   template <class Ops>
   static constexpr bool InPlace() {
     return sizeof(typename Ops::Element) == sizeof(Bf16);

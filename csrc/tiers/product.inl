@@ -259,13 +259,11 @@ struct Product {
       }
       return;
     }
-    if constexpr (Format::kScales) {
-      if (w.zeros == nullptr && expert_rows == 1) {
-        return StreamRows<Format, 4, 1>(w, row, rows, columns, x_rows, x_stride, tokens, c, c_stride);
-      }
-      if (w.zeros == nullptr) {
-        return StreamRows<Format, 2, kStreamTokens>(w, row, rows, columns, x_rows, x_stride, tokens, c, c_stride);
-      }
+    if (w.zeros == nullptr && expert_rows == 1) {
+      return StreamRows<Format, 4, 1>(w, row, rows, columns, x_rows, x_stride, tokens, c, c_stride);
+    }
+    if (w.zeros == nullptr) {
+      return StreamRows<Format, 2, kStreamTokens>(w, row, rows, columns, x_rows, x_stride, tokens, c, c_stride);
     }
     // Rows are decoded once for all tokens, in pieces that are added up in the order of the depth. A piece holds whole
     // groups, or lies within one.
@@ -292,11 +290,11 @@ struct Product {
     }
   }
 
-  // ---- the same for formats with scales ----
+  // ---- the same for rows that are no elements as they stand ----
 
-  // Codes go from memory to the product in registers, one row after the other: in the order of memory, which is as fast
-  // as memory can be read. Each step's sums are scaled on their own, and added to one of kParts that do not wait for
-  // each other.
+  // Codes go from memory to the product in registers, one row after the other, in the order of memory. They are asked
+  // for kFarBytes ahead: a core's own prefetcher does not keep enough lines under way. Each step's sums are scaled on
+  // their own, and added to one of kParts that do not wait for each other.
   template <class Format, int kParts, int kTokens>
   static void StreamRows(const MatrixView& w, int64_t row, int rows, int64_t columns, const Element* x,
                          int64_t x_stride, int tokens, float* c, int64_t c_stride) {
@@ -310,6 +308,7 @@ struct Product {
 
   static constexpr int kStreamTokens = MostFewRows(kLanes);
   static constexpr int kStep = 2 * kLanes;
+  static constexpr int64_t kFarBytes = 4096;
 
   template <class Format, int kParts, int kTokens>
   static void StreamRow(const MatrixView& w, int64_t row, int64_t columns, const Element* x, int64_t x_stride, float* c,
@@ -318,16 +317,18 @@ struct Product {
     const uint8_t* codes = Format::Address(w, row, 0);
     F total[kParts][kTokens];
     Clear<kParts, kTokens>(total);
-    const int shift = GroupShift(w);
+    const int shift = Format::kScales ? GroupShift(w) : 0;
     float scales[kDotPiece / kLeastGroup];
     for (int64_t piece = 0; piece < columns; piece += kDotPiece) {
       const int64_t end = Smaller(columns, piece + kDotPiece);
-      LoadScales(w, row, piece >> shift, ((end - 1) >> shift) - (piece >> shift) + 1, scales);
+      if constexpr (Format::kScales)
+        LoadScales(w, row, piece >> shift, ((end - 1) >> shift) - (piece >> shift) + 1, scales);
       const auto scale = [&](int64_t k) {
-        return scales[(k - piece) >> shift];
+        return Format::kScales ? scales[(k - piece) >> shift] : 1.0F;
       };  // a piece holds whole groups, or lies within one
       int64_t k = piece;
       for (; k + kParts * kStep <= end; k += kParts * kStep, codes += kParts * kBytes) {
+        for (int64_t line = 0; line < kParts * kBytes; line += 64) __builtin_prefetch(codes + kFarBytes + line, 0, 2);
 #pragma GCC unroll 4
         for (int p = 0; p < kParts; ++p)
           StreamStep<Format, kTokens>(codes + p * kBytes, x + k + p * kStep, x_stride, scale(k + p * kStep), total[p]);
@@ -354,12 +355,12 @@ struct Product {
     const typename Ops::Step step = Format::template Step<Ops>(codes);
 #pragma GCC unroll 4
     for (int t = 0; t < kTokens; ++t) {
-      F part = Ops::Zero();
+      F part = Format::kScales ? Ops::Zero() : sum[t];
 #pragma GCC unroll 2
       for (int p = 0; p < 2 / kPair; ++p) {
         part = Ops::MultiplyAdd(part, step.panels[p], Ops::LoadPanel(x + t * x_stride + p * kLanes * kPair));
       }
-      sum[t] = Ops::Fma(part, Ops::Set(scale), sum[t]);
+      sum[t] = Format::kScales ? Ops::Fma(part, Ops::Set(scale), sum[t]) : part;
     }
   }
 
