@@ -33,6 +33,7 @@ from kt_sft.cli.contenders import (
     stock_experts,
 )
 from kt_sft.cli.kt_kernel_client import KtKernel, methods
+from kt_sft.config import requested_tier
 from kt_sft.engine.engine import get_engine
 from kt_sft.engine.peaks import Peak, measure_peak
 from kt_sft.experts import CpuExperts
@@ -49,13 +50,19 @@ _SETTLE_SECONDS = 0.02
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """What one variant and number of rows took: `seconds` is contender -> pass -> one value a round."""
+    """What one variant and number of rows took.
+
+    Attributes:
+        seconds: contender -> pass -> one value a round.
+        peaks: One a round.
+    """
 
     choice: FormatChoice
     compute: str
     rows: int
     stored_bytes: int
     seconds: dict[str, dict[str, list[float]]]
+    peaks: list[Peak]
 
 
 Note = Callable[[str], None]
@@ -89,7 +96,6 @@ def _measure(plan: Plan, note: Note) -> dict[str, Any]:
     weights = random_weights(plan.shape)
     common: list[Contender] = _of_torch(plan, weights) if plan.with_torch else []
     baselines = {contender.name: [contender.description] for contender in common}
-    peaks: list[Peak] = []
     timings: list[Timing] = []
     for choice, computes in _by_format(plan):
         note(f"storing {choice.text}")
@@ -102,11 +108,10 @@ def _measure(plan: Plan, note: Note) -> dict[str, Any]:
             for compute, rows in itertools.product(computes, plan.rows):
                 note(f"{choice.text}, {compute} products, {rows} rows per expert")
                 layer = CpuExperts(store, choice.config(compute, plan.threads))
-                peaks.append(measure_peak(tier, plan.threads))
                 contenders = [LayerContender(OURS, "this engine", layer, _CLOCKS[plan.clock]), *others]
-                seconds = _alternate(contenders, plan, compute, rows)
-                timings.append(Timing(choice, compute, rows, store.nbytes, seconds))
-    return _report(plan, tier, load, baselines, peaks, timings)
+                seconds, peaks = _alternate(contenders, plan, compute, rows)
+                timings.append(Timing(choice, compute, rows, store.nbytes, seconds, peaks))
+    return _report(plan, tier, load, baselines, timings)
 
 
 def _report(
@@ -114,9 +119,9 @@ def _report(
     tier: str,
     load: float,
     baselines: dict[str, list[str]],
-    peaks: list[Peak],
     timings: list[Timing],
 ) -> dict[str, Any]:
+    peaks = [peak for timing in timings for peak in timing.peaks]
     peak = _median_peak(peaks)
     return {
         "kind": "kt-sft bench",
@@ -145,7 +150,7 @@ def _report(
             "gflops_range": [min(p.gflops for p in peaks), max(p.gflops for p in peaks)],
             "read_gbs_range": [min(p.read_gbs for p in peaks), max(p.read_gbs for p in peaks)],
         },
-        "results": [_result(plan, peak, timing, which) for timing in timings for which in timing.seconds[OURS]],
+        "results": [_result(plan, timing, which) for timing in timings for which in timing.seconds[OURS]],
     }
 
 
@@ -185,24 +190,33 @@ def _by_format(plan: Plan) -> list[tuple[FormatChoice, list[str]]]:
     return list(grouped.items())
 
 
-def _alternate(contenders: list[Contender], plan: Plan, compute: str, rows: int) -> dict[str, dict[str, list[float]]]:
-    """Seconds of every round: contender -> pass -> list."""
+def _alternate(
+    contenders: list[Contender], plan: Plan, compute: str, rows: int
+) -> tuple[dict[str, dict[str, list[float]]], list[Peak]]:
+    """Seconds of every round: contender -> pass -> list; and the peak of every round.
+
+    That is measured right after our run, at the clock that such work leaves the CPU with: after a rest CPUs clock
+    higher than they can keep up.
+    """
     batch = balanced_batch(plan.shape, rows)
     for contender in contenders:
         contender.prepare(batch)
     # Backward multiplies BF16 whatever forward does, so it is measured with BF16 products only.
     passes = [which for which in plan.passes if which == "forward" or compute == "bf16"]
     seconds: dict[str, dict[str, list[float]]] = {contender.name: {} for contender in contenders}
+    peaks: list[Peak] = []
     for round_ in range(plan.repeats + 1):
         for contender in contenders:
             time.sleep(_SETTLE_SECONDS)
             taken = contender.run("backward" in passes and contender.trains)
+            if contender.name == OURS:
+                peaks.append(measure_peak(requested_tier(), plan.threads))
             if round_ == 0:  # warms up: buffers grow, threads start
                 continue
             for which, value in taken.items():
                 if which in passes:
                     seconds[contender.name].setdefault(which, []).append(value)
-    return seconds
+    return seconds, peaks
 
 
 def _median_peak(peaks: list[Peak]) -> Peak:
@@ -214,16 +228,16 @@ def _median_peak(peaks: list[Peak]) -> Peak:
     )
 
 
-def _result(plan: Plan, peak: Peak, timing: Timing, which: str) -> dict[str, Any]:
+def _result(plan: Plan, timing: Timing, which: str) -> dict[str, Any]:
     """One line of the report.
 
     `seconds` is the median, `spread` half the distance between the quartiles over it. `peak_share` is of the tier's
-    measured peak of the products that `compute` names. At one row per expert `read_gbs` counts the stored
-    bytes of all experts, scales included, and `read_share` is of the measured bandwidth; that is by elapsed time, so
-    None where CPU time is counted. `others` holds each baseline that has this pass; `ratio` is how many times faster
+    peak of the products that `compute` names, measured in the same rounds. At one row per expert `read_gbs` counts the
+    stored bytes of all experts, scales included, and `read_share` is of the measured bandwidth; that is by elapsed
+    time, so None where CPU time is counted. `others` holds each baseline that has this pass; `ratio` is how many times faster
     ours is, the median of the rounds' ratios.
     """
-    ours, rows = timing.seconds[OURS][which], timing.rows
+    ours, rows, peak = timing.seconds[OURS][which], timing.rows, _median_peak(timing.peaks)
     median = statistics.median(ours)
     gflops = plan.shape.flops(rows) / median / 1e9
     gbs = timing.stored_bytes / median / 1e9

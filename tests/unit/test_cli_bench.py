@@ -124,31 +124,30 @@ class TestRounds:
     def test_contenders_take_turns_and_the_first_round_does_not_count(self) -> None:
         log: list[tuple[str, bool]] = []
         contenders = [Recorder("a", True, log), Recorder("b", False, log)]
-        seconds = bench._alternate(contenders, a_plan(), "bf16", 1)  # type: ignore[arg-type]
+        seconds, _ = bench._alternate(contenders, a_plan(), "bf16", 1)  # type: ignore[arg-type]
         assert log == [("prepare a", True), ("prepare b", True)] + [("a", True), ("b", False)] * 3
         assert seconds == {"a": {"forward": [0.5, 0.7], "backward": [1.0, 1.0]}, "b": {"forward": [0.6, 0.8]}}
 
     def test_passes_that_are_not_asked_for_are_not_run_or_not_told(self) -> None:
         log: list[tuple[str, bool]] = []
-        only_forward = bench._alternate([Recorder("a", True, log)], a_plan(passes=("forward",)), "bf16", 1)  # type: ignore[list-item]
+        only_forward, _ = bench._alternate([Recorder("a", True, log)], a_plan(passes=("forward",)), "bf16", 1)  # type: ignore[list-item]
         assert list(only_forward["a"]) == ["forward"]
         assert ("a", True) not in log
-        only_backward = bench._alternate([Recorder("a", True, log)], a_plan(passes=("backward",)), "bf16", 1)  # type: ignore[list-item]
+        only_backward, _ = bench._alternate([Recorder("a", True, log)], a_plan(passes=("backward",)), "bf16", 1)  # type: ignore[list-item]
         assert list(only_backward["a"]) == ["backward"]
 
     def test_int8_products_run_forward_only(self) -> None:
         log: list[tuple[str, bool]] = []
-        seconds = bench._alternate([Recorder("a", True, log)], a_plan(), "int8", 1)  # type: ignore[list-item]
+        seconds, _ = bench._alternate([Recorder("a", True, log)], a_plan(), "int8", 1)  # type: ignore[list-item]
         assert list(seconds["a"]) == ["forward"]
 
 
 class TestFigures:
     def result(self, rows: int, compute: str = "bf16", clock: str = "elapsed") -> dict[str, Any]:
         seconds = {OURS: {"forward": [2.0, 1.0, 4.0]}, "other": {"forward": [3.0, 3.0, 8.0]}, "silent": {}}
-        timing = Timing(FormatChoice("int8:32", "int8", 32), compute, rows, 100_000, seconds)
-        return bench._result(
-            a_plan(clock=clock), Peak(threads=1, gflops=0.001, int8_gflops=0.004, read_gbs=0.0005), timing, "forward"
-        )
+        peaks = [Peak(threads=1, gflops=gflops, int8_gflops=0.004, read_gbs=0.0005) for gflops in (0.001, 0.1, 0.0001)]
+        timing = Timing(FormatChoice("int8:32", "int8", 32), compute, rows, 100_000, seconds, peaks)
+        return bench._result(a_plan(clock=clock), timing, "forward")
 
     def test_medians_shares_and_ratios(self) -> None:
         result = self.result(rows=4)
