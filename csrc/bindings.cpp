@@ -88,8 +88,8 @@ Compute ComputeFromName(const std::string& name) {
   throw std::invalid_argument("compute must be bf16 or int8, got " + name);
 }
 
-Tier LimitFrom(const std::optional<std::string>& name) {
-  return name ? TierFromName(*name) : static_cast<Tier>(kTierCount - 1);
+const TierKernels& KernelsFor(const std::optional<std::string>& limit) {
+  return limit ? *BestKernels(TierFromName(*limit)) : *FastestKernels();
 }
 
 std::vector<std::string> AvailableTiers() {
@@ -225,7 +225,7 @@ void BindEngine(py::module_& m) {
   py::class_<Engine, EngineHolder>(m, "Engine")
       .def(py::init([](int threads, const std::vector<std::vector<int>>& node_cpus,
                        const std::optional<std::string>& limit, int64_t spin_us) {
-             return EngineHolder(new Engine(threads, node_cpus, LimitFrom(limit), std::chrono::microseconds(spin_us)));
+             return EngineHolder(new Engine(threads, node_cpus, KernelsFor(limit), std::chrono::microseconds(spin_us)));
            }),
            py::arg("threads"), py::arg("node_cpus"), py::arg("limit"), py::arg("spin_us") = ThreadPool::kSpin.count())
       .def_property_readonly("threads", &Engine::threads)

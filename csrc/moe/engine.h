@@ -49,8 +49,8 @@ struct MachinePeak {
 
 class Engine {
  public:
-  // Threads, nodes and spin time as in ThreadPool, with the best tier that is not above `limit`.
-  Engine(int threads, const std::vector<std::vector<int>>& node_cpus, Tier limit,
+  // Threads, nodes and spin time as in ThreadPool.
+  Engine(int threads, const std::vector<std::vector<int>>& node_cpus, const TierKernels& kernels,
          std::chrono::microseconds spin = ThreadPool::kSpin);
   // Finishes what was submitted.
   ~Engine();

@@ -63,8 +63,12 @@ def tier_reasons(available: list[str], chosen: str | None, limit: str | None, fl
 
 def _tier_reason(tier: str, available: list[str], chosen: str | None, limit: str | None, flags: set[str] | None) -> str:
     if tier == chosen:
-        return f"in use: KT_SFT_ISA={limit}" if limit == tier else "in use: the best this machine has"
+        if limit == tier:
+            return f"in use: KT_SFT_ISA={limit}"
+        return "in use: " + ("the best this machine has" if tier == available[-1] else "the fastest on this machine")
     if tier in available:
+        if limit is None and chosen is not None and TIERS.index(tier) > TIERS.index(chosen):
+            return f"available; its products are slower here than {chosen}'s (KT_SFT_ISA={tier} would use it)"
         if limit is not None and TIERS.index(tier) > TIERS.index(limit):
             return f"available; KT_SFT_ISA={limit} keeps it from being used"
         return "available"

@@ -25,18 +25,18 @@ class Peak:
     read_gbs: float
 
 
-def measure_peak(tier: str, num_threads: int | None = None) -> Peak:
+def measure_peak(tier: str | None, num_threads: int | None = None) -> Peak:
     """Measures afresh, with threads of its own (a running engine measures only once); some tenths of a second.
 
     Args:
-        tier: An available tier's name.
+        tier: An available tier's name; None for what an engine uses where `KT_SFT_ISA` asks for none.
         num_threads: As in KTConfig.
 
     Raises:
         ValueError: The tier is not available here, or no tier's name.
         RuntimeError: The threads cannot be started.
     """
-    if tier not in _native.available_tiers():
+    if tier is not None and tier not in _native.available_tiers():
         raise ValueError(f"kt_sft: tier {tier!r} is not available here; {', '.join(_native.available_tiers())} are")
     threads, node_cpus = engine_cpus(num_threads)
     flops, int8, bandwidth = _native.Engine(threads, node_cpus, tier, SPIN_MICROSECONDS).peak()

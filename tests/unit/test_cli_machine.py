@@ -98,6 +98,14 @@ class TestTierReasons:
             reasons["amx"] == "the CPU lacks avx512_bf16, amx_tile, amx_bf16, amx_int8, or the system does not grant it"
         )
 
+    def test_a_higher_tier_that_is_slower_is_left_alone(self) -> None:
+        reasons = machine.tier_reasons(["portable", "avx2", "avx512", "avx512_bf16"], "avx512", None, set())
+        assert reasons["avx512"] == "in use: the fastest on this machine"
+        assert reasons["avx512_bf16"] == (
+            "available; its products are slower here than avx512's (KT_SFT_ISA=avx512_bf16 would use it)"
+        )
+        assert reasons["avx2"] == "available"
+
     def test_a_lowered_tier_is_put_down_to_the_variable(self) -> None:
         reasons = machine.tier_reasons(["portable", "avx2"], "portable", "portable", set(self.flags))
         assert reasons["portable"] == "in use: KT_SFT_ISA=portable"

@@ -13,6 +13,7 @@ import torch
 import kt_sft
 from kt_sft.config import TIERS, ConfigError
 from kt_sft.engine.engine import available_tiers, get_engine
+from kt_sft.engine.peaks import measure_peak
 
 
 @pytest.mark.parametrize("tier", available_tiers())
@@ -32,6 +33,15 @@ def test_a_tier_above_the_cpu_is_lowered_with_a_warning(monkeypatch, caplog):
         engine = get_engine(num_threads=3)
     assert engine.tier == best
     assert f"using {best}" in caplog.text
+
+
+def test_without_a_request_the_fastest_tier_is_used(monkeypatch):
+    monkeypatch.delenv("KT_SFT_ISA", raising=False)
+    tier = get_engine().tier
+    own, chosen = measure_peak(tier), measure_peak(None)
+    assert tier in available_tiers()
+    assert own.gflops > 0
+    assert chosen.int8_gflops > 0
 
 
 def test_an_unknown_tier_is_an_error(monkeypatch):
