@@ -234,8 +234,8 @@ def _result(plan: Plan, timing: Timing, which: str) -> dict[str, Any]:
     `seconds` is the median, `spread` half the distance between the quartiles over it. `peak_share` is of the tier's
     peak of the products that `compute` names, measured in the same rounds. At one row per expert `read_gbs` counts the
     stored bytes of all experts, scales included, and `read_share` is of the measured bandwidth; that is by elapsed
-    time, so None where CPU time is counted. `others` holds each baseline that has this pass; `ratio` is how many times faster
-    ours is, the median of the rounds' ratios.
+    time, so None where CPU time is counted. `others` holds each baseline that has this pass; `ratio` is how many
+    times faster ours is, the median of the rounds' ratios.
     """
     ours, rows, peak = timing.seconds[OURS][which], timing.rows, _median_peak(timing.peaks)
     median = statistics.median(ours)
