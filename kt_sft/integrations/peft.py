@@ -49,11 +49,15 @@ def extend_lora_model(module: ModuleType) -> None:
     @functools.wraps(inject)
     def _inject_parameters(
         self: Any, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
-    ) -> None:
-        _inject_experts(self, peft_config, model, adapter_name, low_cpu_mem_usage)
-        inject(
+    ) -> list[str] | None:
+        ours = _inject_experts(self, peft_config, model, adapter_name, low_cpu_mem_usage)
+        theirs = inject(
             self, peft_config=peft_config, model=model, adapter_name=adapter_name, low_cpu_mem_usage=low_cpu_mem_usage
         )
+        if theirs is not None:  # newer versions of PEFT (0.21) return what was adapted instead of noting it
+            return [*ours, *theirs]
+        self.targeted_parameter_names += ours
+        return None
 
     @functools.wraps(create)
     def _create_and_replace(self: Any, lora_config: Any, *args: Any, **kwargs: Any) -> None:
@@ -193,13 +197,16 @@ def _has_experts(model: nn.Module) -> bool:
     return any(True for _ in _experts_of(model))
 
 
-def _inject_experts(tuner: Any, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool) -> None:
+def _inject_experts(
+    tuner: Any, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
+) -> list[str]:
+    """Puts an adapter on the experts that `peft_config` is about; returns the names of the adapted parameters."""
     from accelerate import init_empty_weights
 
     from kt_sft.experts import CpuExperts
     from kt_sft.lora import ExpertLora, attach, parameters_of
 
-    targets = {*peft_config.target_parameters}
+    targets, adapted = {*peft_config.target_parameters}, []
     for name, experts in _experts_of(model):
         possible = parameters_of(experts)
         wanted = [parameter for parameter in possible if _is_target(f"{name}.{parameter}", targets)]
@@ -218,8 +225,9 @@ def _inject_experts(tuner: Any, peft_config: Any, model: nn.Module, adapter_name
                 _add_adapter(layer, adapter_name, key, peft_config)
             if adapter_name not in tuner.active_adapters:
                 layer.set_requires_grad(adapter_name, False)
-            tuner.targeted_parameter_names.append(key)
+            adapted.append(key)
         parent.add_module(child, layers[wanted[-1]])
+    return adapted
 
 
 def _add_adapter(layer: ExpertLora, adapter_name: str, key: str, peft_config: Any) -> None:
