@@ -105,6 +105,13 @@ def _saving() -> str | None:
     return None if given == expected else f"save_pretrained takes {', '.join(given)} first"
 
 
+def _checkpoints() -> str | None:
+    save = importlib.import_module("transformers.trainer").Trainer._save_checkpoint
+    if not hasattr(save, "__wrapped__"):
+        return "kt_sft is not attached to Trainer._save_checkpoint"
+    return _takes(save, ["self", "model", "trial"])
+
+
 def _key_mapping() -> str | None:
     modeling = importlib.import_module("transformers.modeling_utils")
     attached = hasattr(modeling.PreTrainedModel.from_pretrained, "__wrapped__")
@@ -150,6 +157,7 @@ SEAMS: dict[str, Check] = {
     "transformers: loading hooks": _quantizer_hooks,
     "transformers: renamed keys": _key_mapping,
     "transformers: saving": _saving,
+    "transformers: checkpoints": _checkpoints,
     "transformers: weight conversions": _conversions,
     "transformers: experts": _experts_interface,
 }

@@ -11,7 +11,6 @@ import enum
 import functools
 import json
 import logging
-import os
 import sys
 from collections.abc import Callable
 from types import ModuleType
@@ -20,6 +19,7 @@ from typing import Any
 from kt_sft.config import ConfigError, KTConfig
 from kt_sft.integrations import autoload
 from kt_sft.integrations.adapters import check_adapter, check_resumed
+from kt_sft.integrations.checkpoints import FoundCheckpoint, check_complete, mark_found, settle_resumed
 from kt_sft.integrations.peft import target_parameters
 
 
@@ -110,6 +110,8 @@ def check_parsed_arguments(parser: ModuleType) -> None:
             _check_other_adapters(model_args, finetuning_args)
             _check_training_arguments(training_args)
             _check_trained_adapter(model_args, finetuning_args, training_args)
+        if isinstance(training_args.resume_from_checkpoint, FoundCheckpoint):
+            training_args.resume_from_checkpoint = str(training_args.resume_from_checkpoint)
         return parsed
 
     @functools.wraps(parse_infer)
@@ -120,6 +122,7 @@ def check_parsed_arguments(parser: ModuleType) -> None:
             _check_finetuning_arguments(finetuning_args)
         return parsed
 
+    mark_found(parser)
     parser.get_train_args = get_train_args  # type: ignore[attr-defined]
     parser.get_infer_args = get_infer_args  # type: ignore[attr-defined]
 
@@ -350,19 +353,11 @@ def _check_trained_adapter(model_args: Any, finetuning_args: Any, training_args:
             f"kt_sft: lora_experts is set, but training goes on with the adapter {continued}, which has no weights for "
             "routed experts; set create_new_adapter: true to train a new one, or leave lora_experts out"
         )
-    resumed = _resumed_folder(training_args)
+    _show_log()
+    resumed = settle_resumed(training_args)
     if resumed is not None:
         check_resumed(resumed, settings.lora_experts if continued is None else None)
-
-
-def _resumed_folder(training_args: Any) -> str | None:
-    """The checkpoint that training will resume from; LLaMA-Factory has filled in one that it finds by itself."""
-    from transformers.trainer_utils import get_last_checkpoint
-
-    resumed = training_args.resume_from_checkpoint if training_args.do_train else None
-    if resumed is True:
-        return get_last_checkpoint(training_args.output_dir) if os.path.isdir(training_args.output_dir) else None
-    return resumed or None
+        check_complete(resumed, training_args)
 
 
 def _show_log() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from kt_sft.config import ConfigError
 from kt_sft.integrations.llamafactory import ABSENT
+from kt_sft.loading.errors import CheckpointError
 
 ATTENTION = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 SHARED = "base_model.model.model.layers.0.mlp.shared_experts.up_proj.lora_A.weight"
@@ -24,6 +26,15 @@ REFUSED = r"has weights for single experts .* turn it into PEFT's with `kt-sft c
 def write_adapter(folder: Path, key: str) -> Path:
     folder.mkdir(parents=True)
     save_file({key: torch.zeros(2, 2)}, folder / "adapter_model.safetensors")
+    return folder
+
+
+def write_checkpoint(folder: Path, key: str) -> Path:
+    """What the Trainer writes, as far as anything of it is looked at before a model is there."""
+    write_adapter(folder, key)
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        torch.save({}, folder / name)
+    (folder / "trainer_state.json").write_text(json.dumps({"global_step": 2}))
     return folder
 
 
@@ -118,7 +129,7 @@ class TestResume:
     """`resume_from_checkpoint`, given or found by LLaMA-Factory in the output folder."""
 
     def test_a_checkpoint_of_an_adapter_on_attention(self, parse: Callable[..., Any], tmp_path: Path) -> None:
-        folder = str(write_adapter(tmp_path / "out" / "checkpoint-2", ATTENTION))
+        folder = str(write_checkpoint(tmp_path / "out" / "checkpoint-2", ATTENTION))
 
         assert parse(kt_sft={}, resume_from_checkpoint=folder)[2].resume_from_checkpoint == folder
         assert parse(kt_sft={}, overwrite_output_dir=False)[2].resume_from_checkpoint == folder
@@ -131,7 +142,7 @@ class TestResume:
         ids=["named", "the last one", "found"],
     )
     def test_an_adapter_on_experts(self, given: dict[str, Any], parse: Callable[..., Any], tmp_path: Path) -> None:
-        folder = write_adapter(tmp_path / "out" / "checkpoint-2", EXPERTS)
+        folder = write_checkpoint(tmp_path / "out" / "checkpoint-2", EXPERTS)
         given = {key: str(folder) if value == "CHECKPOINT" else value for key, value in given.items()}
 
         assert parse(kt_sft={"lora_experts": True}, **given)[0].kt_sft == {"lora_experts": True}
@@ -166,11 +177,96 @@ class TestResume:
         with pytest.raises(ConfigError, match=r"index\.json is no readable index of tensors"):
             parse(kt_sft={}, resume_from_checkpoint=str(tmp_path))
 
-    def test_what_is_no_checkpoint_is_left_to_the_trainer(self, parse: Callable[..., Any], tmp_path: Path) -> None:
-        for folder in (tmp_path, tmp_path / "missing"):
-            assert parse(kt_sft={}, resume_from_checkpoint=str(folder))[2].resume_from_checkpoint == str(folder)
+    @pytest.mark.parametrize(("name", "defect"), [("", "trainer_state.json, which is"), ("missing", "no such folder")])
+    def test_what_is_no_checkpoint(self, name: str, defect: str, parse: Callable[..., Any], tmp_path: Path) -> None:
+        with pytest.raises(ConfigError, match=f"is no complete checkpoint: .*{defect}"):
+            parse(kt_sft={}, resume_from_checkpoint=str(tmp_path / name))
+        assert parse(resume_from_checkpoint=str(tmp_path / name))[0].kt_sft is ABSENT
 
     def test_a_run_that_does_not_train_resumes_nothing(self, parse: Callable[..., Any], tmp_path: Path) -> None:
         folder = write_adapter(tmp_path / "checkpoint", EXPERTS)
         changes = {"do_train": False, "do_eval": True, "eval_dataset": "sft"}
         assert parse(kt_sft={}, resume_from_checkpoint=str(folder), **changes)[0].kt_sft == {}
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-40])
+
+
+#: What a kill leaves, or a disk that lost the last writes -> what is said of it.
+DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
+    "state not written": (lambda folder: (folder / "trainer_state.json").unlink(), "trainer_state.json, which is writ"),
+    "state cut off": (lambda folder: (folder / "trainer_state.json").write_text('{"glo'), "trainer_state.json cannot "),
+    "state of something else": (lambda folder: (folder / "trainer_state.json").write_text("[]"), "cannot be read"),
+    "no step": (lambda folder: (folder / "trainer_state.json").write_text('{"global_step": null}'), "number of steps"),
+    "adapter not written": (
+        lambda folder: (folder / "adapter_model.safetensors").unlink(),
+        "adapter_model.safetensors is missing",
+    ),
+    "optimizer cut off": (lambda folder: cut(folder / "optimizer.pt"), "optimizer.pt is cut off"),
+    "optimizer not written": (lambda folder: (folder / "optimizer.pt").unlink(), "optimizer.pt is missing"),
+    "schedule not written": (lambda folder: (folder / "scheduler.pt").unlink(), "scheduler.pt is missing"),
+    "random numbers empty": (lambda folder: (folder / "rng_state.pth").write_bytes(b""), "rng_state.pth is cut off"),
+}
+
+
+class TestDamagedCheckpoint:
+    """A run that was killed goes on from the newest complete checkpoint; a damaged one that is named is refused."""
+
+    @pytest.mark.parametrize("given", [{"resume_from_checkpoint": True}, {"overwrite_output_dir": False}])
+    @pytest.mark.parametrize("damage", DAMAGE)
+    def test_is_skipped_and_named(
+        self,
+        damage: str,
+        given: dict[str, Any],
+        parse: Callable[..., Any],
+        tmp_path: Path,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        out = tmp_path / "out"
+        for step in (2, 10, 9):
+            write_checkpoint(out / f"checkpoint-{step}", ATTENTION)
+        change, said = DAMAGE[damage]
+        change(out / "checkpoint-10")
+
+        with caplog.at_level("WARNING", logger="kt_sft"):
+            resumed = parse(kt_sft={}, **given)[2].resume_from_checkpoint
+
+        assert resumed == str(out / "checkpoint-9")
+        (warning,) = (record.getMessage() for record in caplog.records if record.name == "kt_sft")
+        assert f"{out / 'checkpoint-10'} (" in warning
+        assert said in warning
+        assert warning.endswith(f"training resumes from {out / 'checkpoint-9'}")
+        without_us = parse(**given)[2].resume_from_checkpoint
+        assert without_us is True or (without_us, type(without_us)) == (str(out / "checkpoint-10"), str)
+
+    @pytest.mark.parametrize("damage", DAMAGE)
+    def test_is_refused_where_it_is_named(self, damage: str, parse: Callable[..., Any], tmp_path: Path) -> None:
+        folder = write_checkpoint(tmp_path / "out" / "checkpoint-10", ATTENTION)
+        write_checkpoint(tmp_path / "out" / "checkpoint-9", ATTENTION)
+        change, said = DAMAGE[damage]
+        change(folder)
+        with pytest.raises(ConfigError, match=f"{folder} is no complete checkpoint: .*{said}.*; name another one, or"):
+            parse(kt_sft={}, resume_from_checkpoint=str(folder))
+
+    def test_a_named_one_whose_adapter_is_cut_off(self, parse: Callable[..., Any], tmp_path: Path) -> None:
+        folder = write_checkpoint(tmp_path / "checkpoint-2", ATTENTION)
+        cut(folder / "adapter_model.safetensors")
+        with pytest.raises(CheckpointError, match=str(folder / "adapter_model.safetensors")):
+            parse(kt_sft={}, resume_from_checkpoint=str(folder))
+
+    def test_training_starts_anew_where_none_is_complete(self, parse: Callable[..., Any], tmp_path: Path) -> None:
+        folder = write_checkpoint(tmp_path / "out" / "checkpoint-2", ATTENTION)
+        cut(folder / "adapter_model.safetensors")
+        assert parse(kt_sft={}, overwrite_output_dir=False)[2].resume_from_checkpoint is None
+        with pytest.raises(ConfigError, match=r"asks for the last checkpoint .* none is complete \(.*checkpoint-2 \("):
+            parse(kt_sft={}, resume_from_checkpoint=True)
+
+    def test_a_checkpoint_of_the_model_alone(self, parse: Callable[..., Any], tmp_path: Path) -> None:
+        folder = write_checkpoint(tmp_path / "out" / "checkpoint-2", ATTENTION)
+        for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+            (folder / name).unlink()
+        given = {"kt_sft": {}, "resume_from_checkpoint": str(folder)}
+        assert parse(**given, save_only_model=True)[2].resume_from_checkpoint == str(folder)
+        with pytest.raises(ConfigError, match=r"optimizer\.pt is missing"):
+            parse(**given)

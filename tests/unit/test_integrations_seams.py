@@ -31,7 +31,7 @@ from transformers.integrations import moe
 from transformers.quantizers.base import HfQuantizer
 
 from kt_sft.config import KTConfig
-from kt_sft.integrations import adapters, autoload
+from kt_sft.integrations import adapters, autoload, checkpoints
 from kt_sft.integrations import llamafactory as ours
 from kt_sft.integrations import peft as ours_peft
 from kt_sft.lora import ExpertLora, peft_turns_parameters
@@ -118,6 +118,9 @@ class TestLlamaFactory:
         assert "training_args.resume_from_checkpoint = last_checkpoint" in inspect.getsource(
             inspect.unwrap(llamafactory.hparams.parser.get_train_args)
         )
+        parse = inspect.getsource(inspect.unwrap(llamafactory.hparams.parser.get_train_args))
+        assert "last_checkpoint = get_last_checkpoint(training_args.output_dir)" in parse
+        assert hasattr(llamafactory.hparams.parser.get_last_checkpoint, "__wrapped__")
         train = inspect.getsource(transformers.Trainer.train)
         assert "get_last_checkpoint(args.output_dir)" in train
         files = [adapters._SAFETENSORS, adapters._PICKLED, adapters._MODEL, adapters._PICKLED_MODEL]
@@ -255,6 +258,20 @@ class TestTransformers:
         assert "_weight_conversions" in inspect.getsource(core_model_loading)  # what saving reverts
         save = inspect.getsource(inspect.unwrap(PreTrainedModel.save_pretrained))
         assert "hf_quantizer.get_state_dict_and_metadata(self)" in save
+
+    def test_a_checkpoint_is_complete_when_its_state_is_written(self) -> None:
+        """What tells a complete checkpoint from one that a kill left: the names of its files, and which comes last."""
+        save = transformers.Trainer._save_checkpoint
+        assert hasattr(save, "__wrapped__")
+        assert parameters(save) == ["self", "model", "trial"]
+        source = inspect.getsource(inspect.unwrap(save))
+        places = ["_get_output_dir(trial=trial)", "self.save_model(output_dir", "self._save_optimizer_and_scheduler("]
+        places += ["self._save_rng_state(", "self.state.save_to_json(", "rotate_checkpoints("]
+        assert sorted(places, key=source.index) == places
+        names = transformers.trainer
+        assert checkpoints._STATE == names.TRAINER_STATE_NAME
+        assert checkpoints._RESUMED_STATES[:2] == (names.OPTIMIZER_NAME, names.SCHEDULER_NAME)
+        assert checkpoints._NUMBERED.fullmatch(f"{names.PREFIX_CHECKPOINT_DIR}-12")
 
     def test_save_pretrained_is_guarded(self) -> None:
         expected = ["self", "save_directory", "is_main_process", "state_dict"]
