@@ -3,12 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +10,8 @@ import httpx
 import pytest
 import torch
 import yaml
-from commands import BIN, ENVIRONMENT, run_command
+from commands import run_command
+from serving import api_server
 from transformers import AutoModelForCausalLM
 
 QUESTION = "say red blue"
@@ -83,38 +78,12 @@ def test_chat_command(serving: dict[str, Any], answer: str, tmp_path: Path) -> N
 
 
 def test_api_command_over_http(serving: dict[str, Any], answer: str, tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = os.environ | ENVIRONMENT | {"API_HOST": "127.0.0.1", "API_PORT": str(port)}
-    command = [str(BIN / "llamafactory-cli"), "api", str(_write(tmp_path, serving))]
-    log = (tmp_path / "log").open("w+")
-    server = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
-    try:
-        request = {"model": "tiny", "messages": [{"role": "user", "content": QUESTION}], "do_sample": False}
-        reply = _post_when_up(f"http://127.0.0.1:{port}/v1/chat/completions", request, server)
-    except BaseException:
-        log.seek(0)
-        sys.stderr.write(log.read())
-        raise
-    finally:
-        server.send_signal(signal.SIGTERM)
-        server.wait(timeout=30)
-        log.close()
+    request = {"model": "tiny", "messages": [{"role": "user", "content": QUESTION}], "do_sample": False}
+    with api_server(tmp_path, serving) as url:
+        reply = httpx.post(f"{url}/chat/completions", json=request, timeout=60)
 
     assert reply.status_code == 200, reply.text
     assert reply.json()["choices"][0]["message"]["content"] == answer
-
-
-def _post_when_up(url: str, request: dict[str, Any], server: subprocess.Popen[bytes]) -> httpx.Response:
-    deadline = time.monotonic() + 120
-    while True:
-        try:
-            return httpx.post(url, json=request, timeout=60)
-        except httpx.ConnectError:
-            if server.poll() is not None or time.monotonic() > deadline:
-                raise
-            time.sleep(0.2)  # waits for another process to listen; there is nothing else to wait on
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,59 @@
+"""Many clients at once of `llamafactory-cli api`, on a model with adapters on its experts."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import openai
+from adapted_models import adapted, load
+from serving import api_server
+
+CLIENTS = 16
+MOST_TOKENS = 24
+
+
+def ask(url: str, question: str) -> str:
+    """A streamed answer; that it ends with the server's own last chunk is checked."""
+    client = openai.OpenAI(base_url=url, api_key="none", timeout=120, max_retries=0)
+    stream = client.chat.completions.create(
+        model="tiny",
+        messages=[{"role": "user", "content": question}],
+        temperature=0,
+        max_tokens=MOST_TOKENS,
+        stream=True,
+    )
+    choices = [chunk.choices[0] for chunk in stream]
+    assert [choice.finish_reason for choice in choices if choice.finish_reason] == ["stop"]
+    assert choices[-1].finish_reason == "stop"
+    return "".join(choice.delta.content or "" for choice in choices)
+
+
+def test_many_streaming_clients_get_what_one_gets(tiny_moe: Path, tmp_path: Path) -> None:
+    adapted(load(tiny_moe, engine=False), lora_alpha=24).save_pretrained(tmp_path / "adapter")
+    recipe = {
+        "model_name_or_path": str(tiny_moe),
+        "adapter_name_or_path": str(tmp_path / "adapter"),
+        "template": "qwen",
+        "infer_dtype": "float32",
+        "kt_sft": {"lora_experts": True},
+    }
+    questions = [f"{verb} {word}" for verb in ("say", "give me", "what is", "no") for word in ("red", "7", "Who?", "-")]
+    together = threading.Barrier(CLIENTS, timeout=60)
+
+    # LLaMA-Factory answers one request after the other unless it is told how many at a time.
+    with api_server(tmp_path, recipe, MAX_CONCURRENT=str(CLIENTS)) as url:
+        alone = [ask(url, question) for question in questions]
+
+        def ask_with_the_others(question: str) -> str:
+            together.wait()
+            return ask(url, question)
+
+        with ThreadPoolExecutor(CLIENTS) as clients:
+            at_once = list(clients.map(ask_with_the_others, questions))
+
+    assert at_once == alone
+    assert all(answer.strip() for answer in alone)
+    assert len({*alone}) >= CLIENTS // 2, "an answer that does not depend on the question shows nothing"
+    assert "routed experts on the CPU" in (tmp_path / "log").read_text()
