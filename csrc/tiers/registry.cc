@@ -1,6 +1,7 @@
+#include "tiers/registry.h"
+
 #include <algorithm>
 #include <chrono>
-#include <vector>
 
 #include "tiers/tier.h"
 
@@ -50,28 +51,33 @@ int FastestOf(const double* rates, int count) {
   return best;
 }
 
+std::vector<double> BestRates(int count, const std::function<double(int)>& rate) {
+  constexpr int kTrials = 512;
+  std::vector<double> best(static_cast<size_t>(count), 0.0);
+  for (int trial = 0; trial < kTrials; ++trial) {
+    for (int i = 0; i < count; ++i) best[static_cast<size_t>(i)] = std::max(best[static_cast<size_t>(i)], rate(i));
+  }
+  return best;
+}
+
 namespace {
 
 double SecondsNow() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
-// FLOPs per second of products on registers, for each tier: the best of some short trials, taken in turn, as others on
-// the machine can only make one slower.
+// FLOPs per second of products on registers, for each tier.
 std::vector<double> MeasureRates(const std::vector<const TierKernels*>& tiers,
                                  double (*TierKernels::*products)(int64_t)) {
-  constexpr int kTrials = 16;
-  constexpr int64_t kSteps = 1000;
-  std::vector<double> rates(tiers.size(), 0.0);
-  for (int trial = 0; trial < kTrials; ++trial) {
-    for (size_t i = 0; i < tiers.size(); ++i) {
-      const double start = SecondsNow();
-      const double flops = (tiers[i]->*products)(kSteps);
-      rates[i] = std::max(rates[i], flops / (SecondsNow() - start));
-      if (tiers[i]->end_products != nullptr) tiers[i]->end_products();
-    }
-  }
-  return rates;
+  constexpr int64_t kSteps = 1000;  // some microseconds
+  return BestRates(static_cast<int>(tiers.size()), [&](int i) {
+    const TierKernels& kernels = *tiers[static_cast<size_t>(i)];
+    const double start = SecondsNow();
+    const double flops = (kernels.*products)(kSteps);
+    const double rate = flops / (SecondsNow() - start);
+    if (kernels.end_products != nullptr) kernels.end_products();
+    return rate;
+  });
 }
 
 TierKernels ChooseFastest() {

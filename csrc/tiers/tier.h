@@ -175,9 +175,4 @@ const TierKernels* BestKernels(Tier limit);
 // tier's.
 const TierKernels* FastestKernels();
 
-// The number of the tier to use among `count`, lowest first, whose products run at these rates. A lower one has to be
-// this many times as fast: a measurement that others on the machine disturb must not decide.
-constexpr double kWorthLowering = 1.25;
-int FastestOf(const double* rates, int count);
-
 }  // namespace kt
