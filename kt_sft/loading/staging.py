@@ -28,29 +28,48 @@ def staged(target: str | os.PathLike[str]) -> Iterator[Path]:
     The folder's name is the same every time, so what a killed process left there goes with the next save.
 
     Raises:
-        CheckpointError: Weights could not be written; of other errors the host's own comes through.
+        CheckpointError: Weights could not be written, or not be moved; of other errors the host's own comes through.
     """
     folder = Path(target)
     partial = folder / f"incomplete-save-{local_rank_and_size()[0]}"
     existed = folder.is_dir()
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
+    with contextlib.ExitStack() as unfinished:
+        unfinished.callback(_remove, partial, folder, existed)
+        try:
+            yield partial
+        except SafetensorError as error:  # which names no file
+            raise CheckpointError(
+                f"{folder}: the model cannot be written there ({error}); nothing of it was left behind"
+            ) from error
+        names = _names_to_move(partial, folder)
+        unfinished.pop_all()  # from here on there may be no other model than the one in `partial`
     try:
-        yield partial
-        _publish(partial, folder)
-    except SafetensorError as error:  # which names no file
+        _publish(names, partial, folder)
+        partial.rmdir()
+    except OSError as error:
         raise CheckpointError(
-            f"{folder}: the model cannot be written there ({error}); nothing of it was left behind"
+            f"{folder}: the model is complete, but cannot be moved there from {partial.name} ({error}); move its files"
         ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        if not existed:
-            with contextlib.suppress(OSError):
-                folder.rmdir()  # only if nothing was moved there
 
 
-def _publish(partial: Path, folder: Path) -> None:
+def _remove(partial: Path, folder: Path, existed: bool) -> None:
+    shutil.rmtree(partial, ignore_errors=True)
+    if not existed:
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # only if nothing else is there
+
+
+def _names_to_move(partial: Path, folder: Path) -> list[str]:
     names = sorted((entry.name for entry in partial.iterdir()), key=lambda name: (name == _LAST, name))
+    for name in names:
+        if (folder / name).is_dir() and not (folder / name).is_symlink():
+            raise CheckpointError(f"{folder / name} is a folder where the model has a file; move it away")
+    return names
+
+
+def _publish(names: list[str], partial: Path, folder: Path) -> None:
     if _LAST in names:
         (folder / _LAST).unlink(missing_ok=True)
     for stale in _stale_weights(folder, {*names}):

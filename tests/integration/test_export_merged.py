@@ -281,6 +281,33 @@ class TestUnfinished:
             ours.save_pretrained(target)
         assert {file.name: file.read_bytes() for file in target.iterdir()} == before
 
+    def test_nor_for_a_folder_in_a_files_place(self, tiny_moe: Path, tmp_path: Path) -> None:
+        ours = load(tiny_moe)
+        ours.save_pretrained(tmp_path)
+        (tmp_path / "generation_config.json").unlink()
+        (tmp_path / "generation_config.json").mkdir()
+        before = {file.name: file.read_bytes() for file in tmp_path.iterdir() if file.is_file()}
+        merge(ours)
+        with pytest.raises(CheckpointError, match=r"generation_config\.json is a folder"):
+            ours.save_pretrained(tmp_path)
+        assert {file.name: file.read_bytes() for file in tmp_path.iterdir() if file.is_file()} == before
+        assert not (tmp_path / "incomplete-save-0").exists()
+
+    def test_what_cannot_be_moved_is_kept(
+        self, tiny_moe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def replace(*_: Any) -> None:
+            raise PermissionError(1, "Operation not permitted")
+
+        monkeypatch.setattr("kt_sft.loading.staging.os.replace", replace)
+        ours = load(tiny_moe)
+        with pytest.raises(CheckpointError, match="is complete, but cannot be moved there from incomplete-save-0"):
+            ours.save_pretrained(tmp_path)
+        monkeypatch.undo()
+        assert AutoModelForCausalLM.from_pretrained(tmp_path / "incomplete-save-0").num_parameters() > 0
+        ours.save_pretrained(tmp_path)
+        assert not (tmp_path / "incomplete-save-0").exists()
+
     def test_what_a_killed_save_left_goes_with_the_next(self, tiny_moe: Path, tmp_path: Path) -> None:
         left = tmp_path / "target" / "incomplete-save-0"
         left.mkdir(parents=True)
