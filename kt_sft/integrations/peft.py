@@ -11,6 +11,7 @@ import contextlib
 import copy
 import functools
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -101,7 +102,7 @@ def extend_peft_model(module: ModuleType) -> None:
             _check_same(model_id, stored, self.peft_config[adapter_name])
         with _orientation(self, stored):
             result = load(self, model_id, adapter_name, *args, **kwargs)
-        _check_complete(model_id, result)
+        _check_complete(model_id, adapter_name, result)
         return result
 
     model_class.load_adapter = load_adapter
@@ -325,10 +326,13 @@ def _check_same(model_id: Any, stored: Mapping[str, Any], present: Any) -> None:
         )
 
 
-def _check_complete(model_id: Any, result: Any) -> None:
+def _check_complete(model_id: Any, adapter_name: str, result: Any) -> None:
+    # PEFT looks for the adapter's name anywhere in a key: "a" is in every other adapter's, too.
+    own = re.compile(rf"\.lora_\w+\.{re.escape(adapter_name)}(\.|$)")
+    missing = [key for key in result.missing_keys if own.search(key)]
     for keys, what in (
         (result.unexpected_keys, "has tensors that this model has no place for"),
-        (result.missing_keys, "lacks tensors that its config asks for"),
+        (missing, "lacks tensors that its config asks for"),
     ):
         if keys:
             raise ValueError(f"kt_sft: the adapter in {model_id} {what}: {keys[0]} and {len(keys) - 1} more")

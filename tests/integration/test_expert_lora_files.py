@@ -35,6 +35,18 @@ def test_files_are_exchanged_with_plain_peft_both_ways(tiny_moe: Path, tmp_path:
     assert_close(logits(here), logits(plain))
 
 
+@pytest.mark.parametrize("name", ["a", "fault", "lora_A"])
+def test_a_name_may_be_part_of_other_names(tiny_moe: Path, tmp_path: Path, name: str) -> None:
+    """PEFT takes tensors of "default" for missing ones of an adapter "fault"."""
+    adapted(load(tiny_moe)).save_pretrained(tmp_path / "first")
+    second = adapted(load(tiny_moe), seed=5)
+    second.save_pretrained(tmp_path / "second")
+    model = PeftModel.from_pretrained(load(tiny_moe), tmp_path / "first")
+    model.load_adapter(tmp_path / "second", name)
+    model.set_adapter(name)
+    assert torch.equal(logits(model), logits(second))
+
+
 @pytest.mark.parametrize(
     "settings", [{"r": 1}, {"r": 256}, {"r": 4, "rank_pattern": {"experts.down_proj": 6}}], ids=str
 )
