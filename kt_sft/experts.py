@@ -103,6 +103,10 @@ class CpuExperts(nn.Module):
                     raise ValueError(f"kt_sft: {matrix} weights of expert {expert}: {error}") from error
         return cls(store, config)
 
+    def forget_adapters(self) -> None:
+        """Frees the copies of the adapters of the last call, and the adapters where nobody else has them."""
+        self._operands.clear()
+
     @property
     def engine(self) -> Any:
         """The engine that computes this layer."""

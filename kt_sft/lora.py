@@ -123,6 +123,11 @@ class ExpertLora(nn.Module, LoraLayer):
             raise ValueError(f"kt_sft: adapters on experts may have ranks from 1 to {MOST_RANK}, got {r}")
         if not 0 <= lora_dropout < 1:
             raise ValueError(f"kt_sft: lora_dropout must be at least 0 and less than 1, got {lora_dropout}")
+        if lora_dropout and not inference_mode and self._merged.for_good:
+            raise ValueError(
+                "kt_sft: an adapter on experts that others were merged into cannot be trained with dropout; set "
+                "lora_dropout: 0, or start from an exported model"
+            )
         if init_lora_weights not in (True, False, "gaussian"):
             raise ValueError(
                 f"kt_sft: init_lora_weights {init_lora_weights!r} reads weights that are rounded and frozen in the "
@@ -215,7 +220,8 @@ class ExpertLora(nn.Module, LoraLayer):
                 raise ValueError(
                     f"kt_sft: adapter {name!r} is merged into the experts already; call unmerge_adapter() first"
                 )
-            a, b = _snapshot(factors)
+            with torch.inference_mode(False):  # what is merged stays, and may meet training
+                a, b = _snapshot(factors)
             if safe_merge and not (a.isfinite().all() and b.isfinite().all()):
                 raise ValueError(f"kt_sft: adapter {name!r} has values on {self.parameter_name} that are not finite")
             self._merged.add(name, self.is_down, a, b)
@@ -238,7 +244,13 @@ class ExpertLora(nn.Module, LoraLayer):
         for layer in self.chain() if merge else ():
             names = layer.active_adapters if adapter_names is None else adapter_names
             layer.merge(safe_merge, [name for name in names if name not in layer.merged_adapters])
+        self.experts.forget_adapters()
         return self.experts
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As every layer's; what the engine has of it goes, too."""
+        super().delete_adapter(adapter_name)
+        self.experts.forget_adapters()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         for name in self.lora_A:
@@ -313,6 +325,11 @@ class _Merged:
         self._before = before
         self._parts: dict[str, dict[bool, tuple[Tensor, Tensor]]] = {}
 
+    @property
+    def for_good(self) -> bool:
+        """Whether something was merged before these layers were there."""
+        return self._before is not None
+
     def add(self, adapter_name: str, is_down: bool, a: Tensor, b: Tensor) -> None:
         self._parts.setdefault(adapter_name, {})[is_down] = (a, b)
 
@@ -324,8 +341,9 @@ class _Merged:
 
     def total(self, experts: CpuExperts) -> LowRank | None:
         changes = [] if self._before is None else [self._before]
-        changes += [_change(experts, parts) for parts in self._parts.values()]
-        return concatenate(changes) if changes else None
+        with torch.inference_mode(False):  # as in `merge`
+            changes += [_change(experts, parts) for parts in self._parts.values()]
+            return concatenate(changes) if changes else None
 
 
 def _snapshot(factors: Factors) -> tuple[Tensor, Tensor]:

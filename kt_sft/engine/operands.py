@@ -196,6 +196,10 @@ class OperandCache:
         self._last = key, operands, [tensor.detach() for term in terms for tensor in term.tensors]
         return operands
 
+    def clear(self) -> None:
+        """Lets go of the operands and of what they were made of."""
+        self._last = None
+
     def __deepcopy__(self, memo: dict[int, object]) -> OperandCache:
         return OperandCache()
 
@@ -203,11 +207,16 @@ class OperandCache:
 def _state(terms: Sequence[Term]) -> tuple[Any, ...]:
     tensors = [tensor for term in terms for tensor in term.tensors]
     trained = any(tensor.requires_grad for tensor in tensors)
-    places = [(t.data_ptr(), t.device, t.shape, t.stride(), t._version) for t in tensors]
+    places = [(t.data_ptr(), t.device, t.shape, t.stride(), _version(t)) for t in tensors]
     scales = [
         (part, factors.scale) for term in terms for part, factors in enumerate((term.gate_up, term.down)) if factors
     ]
     return _optimizer_steps().count if trained else -1, *places, *scales
+
+
+def _version(tensor: Tensor) -> object:
+    """Autograd's counter of changes. What was made in inference mode has none, and is taken as changed every time."""
+    return object() if tensor.is_inference() else tensor._version
 
 
 class _OptimizerSteps:

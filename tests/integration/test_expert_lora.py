@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -173,10 +175,18 @@ class TestDropout:
         ).read_bytes()
 
     def test_beside_other_adapters_it_is_refused(self, tiny_moe: Path) -> None:
-        merged = adapted(load(tiny_moe)).merge_and_unload()
-        model = adapted(merged, lora_dropout=0.3).train()
+        model = adapted(adapted(load(tiny_moe), lora_dropout=0.3), name="other").train()
+        model.base_model.set_adapter(["default", "other"])
         with pytest.raises(ValueError, match="dropout on experts is for one adapter alone"):
             model(input_ids=self.IDS)
+
+    def test_on_top_of_merged_ones_it_is_refused_before_training(self, tiny_moe: Path, tmp_path: Path) -> None:
+        adapted(load(tiny_moe), seed=1, lora_dropout=0.3).save_pretrained(tmp_path)
+        merged = adapted(load(tiny_moe)).merge_and_unload()
+        with pytest.raises(ValueError, match="that others were merged into cannot be trained with dropout"):
+            PeftModel.from_pretrained(merged, tmp_path, is_trainable=True)
+        merged = adapted(load(tiny_moe)).merge_and_unload()
+        assert logits(PeftModel.from_pretrained(merged, tmp_path)).isfinite().all()  # to use it is no training
 
     @pytest.mark.parametrize("share", [1.0, -0.1])
     def test_an_impossible_share_is_refused(self, tiny_moe: Path, share: float) -> None:
@@ -245,6 +255,31 @@ class TestMerging:
         assert torch.equal(logits(model), expected)
         with model.disable_adapter():
             assert torch.equal(logits(model), logits(load(tiny_moe)))
+
+    def test_in_inference_mode(self, tiny_moe: Path) -> None:
+        """What such code makes has no counter of changes, and would not be allowed in training afterwards."""
+        model = adapted(load(tiny_moe), target_modules=[])
+        expected = logits(model)
+        with torch.inference_mode():
+            model.merge_adapter()
+            assert torch.equal(logits(model), expected)
+            with model.disable_adapter():
+                assert torch.equal(logits(model), logits(load(tiny_moe)))
+            model.merge_adapter()
+        assert torch.equal(logits(model), expected)
+        again = adapted(model.merge_and_unload(), seed=4).train()
+        again(input_ids=torch.arange(24)[None], labels=torch.arange(24)[None]).loss.backward()
+        assert all(value.grad.any() for value in tensors(again).values())
+
+    @pytest.mark.parametrize("way", ["unload", "merge_and_unload", "delete_adapter"])
+    def test_adapters_that_are_gone_are_freed(self, tiny_moe: Path, way: str) -> None:
+        model = adapted(load(tiny_moe))
+        logits(model)
+        kept = [weakref.ref(value.untyped_storage()) for value in tensors(model).values()]
+        assert all(storage() is not None for storage in kept)
+        model.delete_adapter("default") if way == "delete_adapter" else getattr(model, way)()
+        gc.collect()
+        assert not any(storage() is not None for storage in kept)
 
     def test_what_is_merged_is_what_peft_adds(self, tiny_moe: Path) -> None:
         model = adapted(load(tiny_moe))

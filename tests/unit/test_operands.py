@@ -96,6 +96,13 @@ class TestCache:
         other = term(2)
         assert torch.equal(self.operands(cache, other).down_a, other.down.a.bfloat16())
 
+    def test_what_inference_mode_made_has_no_counter(self, cache: OperandCache) -> None:
+        with torch.inference_mode():
+            adapter = term(2)
+            self.operands(cache, adapter)
+            adapter.down.b.add_(1)
+            assert torch.equal(self.operands(cache, adapter).down_b, adapter.down.b.bfloat16())
+
     def test_copies_of_a_model_copy_nothing_of_it(self, cache: OperandCache) -> None:
         self.operands(cache, term(2))
         assert copy.deepcopy(cache) is not cache
