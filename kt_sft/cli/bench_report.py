@@ -106,7 +106,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
                 axis.plot(*zip(*points, strict=True), marker=".", linestyle=style, color="gray", label=name)
         axis.axhline(report["peaks"]["gflops"], color="black", linewidth=0.8, label="measured peak")
         axis.set_xscale("log", base=2)
-        axis.set_yscale("log", base=2)
+        axis.set_ylim(bottom=0)
         axis.set_xticks(sorted({result["rows_per_expert"] for result in results}))
         for ticks in (axis.xaxis, axis.yaxis):
             ticks.set_major_formatter("{x:g}")
