@@ -125,7 +125,25 @@ def _read_config(folder: Path) -> dict[str, Any]:
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
         raise AdapterFileError(f"{path} has no usable rank and alpha: r is {rank!r}, lora_alpha is {alpha!r}")
+    _check_patterns(config, path)
     return config
+
+
+def _check_patterns(config: dict[str, Any], path: Path) -> None:
+    for name, kind in (("rank_pattern", int), ("alpha_pattern", (int, float))):
+        patterns = config.get(name) or {}
+        if not isinstance(patterns, dict):
+            raise AdapterFileError(f"{path}: {name} is {patterns!r}, not an object of names and numbers")
+        for pattern, value in patterns.items():
+            if not isinstance(value, kind) or not math.isfinite(value) or (kind is int and value < 1):
+                raise AdapterFileError(f"{path}: {name} gives {pattern} {value!r}, which is no rank or alpha")
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise AdapterFileError(f"{path}: {name} names {pattern!r}, no regular expression ({error})") from error
+    targets = config.get("target_parameters")
+    if targets is not None and not isinstance(targets, list):
+        raise AdapterFileError(f"{path}: target_parameters is {targets!r}, not a list of names")
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from packaging.version import Version
+from packaging.version import InvalidVersion, Version
 from torch import nn
 
 if TYPE_CHECKING:
@@ -280,7 +280,10 @@ def _device(parent: nn.Module, model: nn.Module) -> torch.device:
 def _orientation(model: nn.Module, stored: Mapping[str, Any]) -> Iterator[None]:
     """While an adapter is loaded: lets the experts know on which side its A is, where sizes do not tell."""
     version = stored.get("peft_version")  # not written by PEFT before 0.18
-    turned = version is not None and Version(version.partition("@")[0]) >= Version("0.19.dev0")
+    try:
+        turned = version is not None and Version(str(version).partition("@")[0]) >= Version("0.19.dev0")
+    except InvalidVersion as error:
+        raise ValueError(f"kt_sft: the adapter's peft_version {version!r} is no version as 0.18.1") from error
     modules = [experts for _, experts in _experts_of(model)]
     try:
         for experts in modules:

@@ -133,6 +133,7 @@ class TestWhatDoesNotFit:
             ({"target_modules": []}, r"has tensors that this model has no place for: .*q_proj"),
             ({"target_modules": ["q_proj", "v_proj"]}, r"lacks tensors that its config asks for: .*v_proj"),
             ({"use_dora": True}, "cannot have use_dora"),
+            ({"peft_version": "new"}, "peft_version 'new' is no version"),
             ({"r": 257}, "ranks from 1 to 256, got 257"),
         ],
     )
