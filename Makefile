@@ -37,7 +37,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install quickstart test test-cxx test-python test-emulated lint format sanitize bench clean distclean
+.PHONY: help install quickstart example test test-cxx test-python test-emulated lint format sanitize bench clean distclean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' Makefile
@@ -66,6 +66,10 @@ install: $(INSTALLED)  ## Create .venv and install kt_sft with everything it nee
 
 quickstart: $(INSTALLED)  ## From nothing to a tuned model, compared with stock LLaMA-Factory
 	$(BIN)/python scripts/quickstart.py
+
+# It asks over HTTP with the openai client, which the tests bring.
+example: $(DEVELOP)  ## Train LoRA on experts, reload it in plain PEFT, merge, serve, ask
+	$(BIN)/python scripts/expert_lora_example.py
 
 bench: $(INSTALLED)  ## Measure the expert engine on this machine
 	$(BIN)/kt-sft bench $(BENCH_ARGS)

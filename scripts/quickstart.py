@@ -22,11 +22,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-import yaml
 from quickstart_steps.corpus import NEW_SKILL, skill_examples
-from quickstart_steps.processes import REPOSITORY, StepError, llamafactory_cli, run, run_step
+from quickstart_steps.inference import export_merged, inference_arguments
+from quickstart_steps.processes import REPOSITORY, StepError, run_step
 from quickstart_steps.report import build_figures, check_targets, draw_losses, print_report
-from quickstart_steps.training import PLUGIN_KEY, TrainingRun, load_recipe, train_stock, train_with_engine
+from quickstart_steps.training import TrainingRun, load_recipe, train_stock, train_with_engine
 from rich.console import Console
 
 #: A seed of its own: the question is a held-out word that the evaluation need not hold.
@@ -103,33 +103,16 @@ def alternate_timing_runs(options: Options, machine: dict[str, Any]) -> tuple[li
     return engine_runs, stock_runs
 
 
-def inference_arguments(options: Options, recipe: dict[str, Any]) -> dict[str, Any]:
-    """What chat and export need from the recipe: the model, the new adapter, the template and the kt_sft block."""
-    return {
-        "model_name_or_path": str(options.out / "base"),
-        "adapter_name_or_path": str(options.out / "kt_sft"),
-        "template": recipe["template"],
-        "flash_attn": recipe["flash_attn"],
-        PLUGIN_KEY: recipe[PLUGIN_KEY],
-    }
-
-
-def export_merged(options: Options, recipe: dict[str, Any]) -> None:
-    """Merges the adapter into the model with `llamafactory-cli export`."""
-    arguments = inference_arguments(options, recipe) | {
-        "export_dir": str(options.out / "merged"),
-        "export_device": "cpu",
-    }
-    path = options.logs / "export.yaml"
-    path.write_text(yaml.safe_dump(arguments, sort_keys=False))
-    run("export", [llamafactory_cli(), "export", str(path)], options.logs / "export.log")
+def arguments_of_tuned(options: Options, recipe: dict[str, Any]) -> dict[str, Any]:
+    """What chat and export are told."""
+    return inference_arguments(recipe, options.out / "base", options.out / "kt_sft")
 
 
 def ask_tuned(options: Options, recipe: dict[str, Any]) -> dict[str, str]:
     """One question to the tuned model, and its answer."""
     (example,) = skill_examples(NEW_SKILL, 1, QUESTION_SEED, held_out=True)
     arguments, answer = options.logs / "chat.json", REPOSITORY / options.out / "answer.json"
-    arguments.write_text(json.dumps(inference_arguments(options, recipe), indent=2) + "\n")
+    arguments.write_text(json.dumps(arguments_of_tuned(options, recipe), indent=2) + "\n")
     run_step(
         "ask",
         ["--arguments", str(arguments), "--question", example.prompt, "--out", str(answer)],
@@ -179,7 +162,7 @@ def quickstart(options: Options, console: Console) -> bool:
     announce("llamafactory-cli train, stock")
     stock_run = train_stock(training_settings(options, machine, "stock"), options.logs / "stock.log")
     announce("llamafactory-cli export")
-    export_merged(options, recipe)
+    export_merged(arguments_of_tuned(options, recipe), options.out / "merged", options.logs)
     announce("evaluation on held-out words")
     evaluation = evaluate_models(options)
     announce("one question through llamafactory's chat")

@@ -1,1 +1,1 @@
-"""The steps of `make quickstart`, each a module of its own; `scripts/quickstart.py` runs them in order."""
+"""The steps of `make quickstart` and `make example`, each a module of its own; the scripts beside run them in order."""

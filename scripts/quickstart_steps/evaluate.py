@@ -54,15 +54,15 @@ def exact_match(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, exam
     return sum(answer == example.answer for answer, example in zip(answers, examples, strict=True)) / len(examples)
 
 
-def evaluate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> dict[str, float]:
-    """Exact match on the new skill's held-out prompts, and on the base skills' (their mean)."""
+def evaluate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, examples: int) -> dict[str, float]:
+    """Exact match on held-out prompts, `examples` at most: of the new skill, and of the base skills (their mean)."""
     model.eval()
     base = [
         example
         for skill in BASE_SKILLS
-        for example in skill_examples(skill, BASE_SKILL_EXAMPLES, HELD_OUT_SEED, held_out=True)
+        for example in skill_examples(skill, min(examples, BASE_SKILL_EXAMPLES), HELD_OUT_SEED, held_out=True)
     ]
-    new = skill_examples(NEW_SKILL, HELD_OUT_EXAMPLES, HELD_OUT_SEED, held_out=True)
+    new = skill_examples(NEW_SKILL, examples, HELD_OUT_SEED, held_out=True)
     return {"new_skill": exact_match(model, tokenizer, new), "base_skills": exact_match(model, tokenizer, base)}
 
 
@@ -98,19 +98,22 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--adapter", type=named_directory, action="append", default=[])
     parser.add_argument("--engine-adapter", type=named_directory, action="append", default=[])
     parser.add_argument("--merged", type=named_directory, action="append", default=[])
+    parser.add_argument(
+        "--examples", type=int, default=HELD_OUT_EXAMPLES, help="of the new skill, and at most of others"
+    )
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args(arguments)
 
     tokenizer = AutoTokenizer.from_pretrained(options.base, local_files_only=True)
-    results = {"base": evaluate(load(options.base, on_engine=False), tokenizer)}
+    results = {"base": evaluate(load(options.base, on_engine=False), tokenizer, options.examples)}
     for adapters, on_engine in ((options.adapter, False), (options.engine_adapter, True)):
         for name, directory in adapters:
             model = PeftModel.from_pretrained(load(options.base, on_engine=on_engine), directory)
-            results[name] = evaluate(model, tokenizer)
+            results[name] = evaluate(model, tokenizer, options.examples)
             del model
             gc.collect()
     for name, directory in options.merged:
-        results[name] = evaluate(load(directory, on_engine=False), tokenizer)
+        results[name] = evaluate(load(directory, on_engine=False), tokenizer, options.examples)
     for name, scores in results.items():
         print(f"  {name}: new skill {scores['new_skill']:.3f}, base skills {scores['base_skills']:.3f}")
     options.out.write_text(json.dumps(results, indent=2) + "\n")

@@ -74,11 +74,12 @@ def run(name: str, command: list[str], log: Path, environment: dict[str, str] | 
     return Usage(seconds=time.monotonic() - start, peak_rss_mb=usage.ru_maxrss * 1024 / 1e6)
 
 
-def run_step(module: str, arguments: list[str], log: Path) -> Usage:
+def run_step(module: str, arguments: list[str], log: Path, environment: dict[str, str] | None = None) -> Usage:
     """Runs a module of this folder as a program."""
     command = [sys.executable, "-m", f"quickstart_steps.{module}", *arguments]
     search_path = os.pathsep.join(filter(None, [str(SCRIPTS), os.environ.get("PYTHONPATH", "")]))
-    return run(module.replace("_", " "), command, log, {"PYTHONPATH": search_path, **IDLE_THREADS_SLEEP})
+    environment = {"PYTHONPATH": search_path, **IDLE_THREADS_SLEEP, **(environment or {})}
+    return run(module.replace("_", " "), command, log, environment)
 
 
 def llamafactory_cli() -> str:

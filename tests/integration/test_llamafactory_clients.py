@@ -6,28 +6,11 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import openai
 from adapted_models import adapted, load
-from serving import api_server
+from serving import api_server, stream_answer
 
 CLIENTS = 16
 MOST_TOKENS = 24
-
-
-def ask(url: str, question: str) -> str:
-    """A streamed answer; that it ends with the server's own last chunk is checked."""
-    client = openai.OpenAI(base_url=url, api_key="none", timeout=120, max_retries=0)
-    stream = client.chat.completions.create(
-        model="tiny",
-        messages=[{"role": "user", "content": question}],
-        temperature=0,
-        max_tokens=MOST_TOKENS,
-        stream=True,
-    )
-    choices = [chunk.choices[0] for chunk in stream]
-    assert [choice.finish_reason for choice in choices if choice.finish_reason] == ["stop"]
-    assert choices[-1].finish_reason == "stop"
-    return "".join(choice.delta.content or "" for choice in choices)
 
 
 def test_many_streaming_clients_get_what_one_gets(tiny_moe: Path, tmp_path: Path) -> None:
@@ -44,11 +27,11 @@ def test_many_streaming_clients_get_what_one_gets(tiny_moe: Path, tmp_path: Path
 
     # LLaMA-Factory answers one request after the other unless it is told how many at a time.
     with api_server(tmp_path, recipe, MAX_CONCURRENT=str(CLIENTS)) as url:
-        alone = [ask(url, question) for question in questions]
+        alone = [stream_answer(url, question, MOST_TOKENS) for question in questions]
 
         def ask_with_the_others(question: str) -> str:
             together.wait()
-            return ask(url, question)
+            return stream_answer(url, question, MOST_TOKENS)
 
         with ThreadPoolExecutor(CLIENTS) as clients:
             at_once = list(clients.map(ask_with_the_others, questions))

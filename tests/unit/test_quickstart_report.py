@@ -68,9 +68,10 @@ def test_a_process_is_measured_by_its_peak_memory(tmp_path):
     assert usage.peak_rss_mb >= 209.7
 
 
-def test_the_program_that_measures_never_imports_torch():
+@pytest.mark.parametrize("program", ["quickstart", "expert_lora_example"])
+def test_the_program_that_measures_never_imports_torch(program):
     # A child's peak starts at its parent's size; see processes.py.
-    command = "import sys; sys.path.insert(0, 'scripts'); import quickstart; sys.exit('torch' in sys.modules)"
+    command = f"import sys; sys.path.insert(0, 'scripts'); import {program}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", command], cwd=SCRIPTS.parent).returncode == 0
 
 
