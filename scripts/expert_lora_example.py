@@ -133,10 +133,12 @@ def ask_over_http(options: Options, recipe: dict[str, Any]) -> list[dict[str, st
 def check_targets(exact_match: dict[str, float], logits: dict[str, float], required_gain: float) -> list[Target]:
     """What must hold for the example to succeed."""
     gain = exact_match["experts"] - exact_match["base"]
+    more = exact_match["experts"] - exact_match["attention"]
     difference, allowed = logits["largest_difference"], logits["allowed_difference"]
     targets = [
         Target(f"logits in plain PEFT, largest difference <= {allowed:.3g}", difference, difference <= allowed),
         Target(f"exact match, experts - base >= {required_gain}", gain, gain >= required_gain),
+        Target("exact match, experts - attention >= 0", more, more >= 0),
     ]
     for name in ("plain_peft", "merged"):
         apart = abs(exact_match[name] - exact_match["experts"])

@@ -30,7 +30,7 @@ def test_the_report_has_every_figure(finished):
     assert report["exact_match"].keys() == {"base", "attention", "experts", "plain_peft", "merged"}
     assert report["steps"] == {"experts": TUNING_STEPS, "attention": TUNING_STEPS}
     assert all(target["reached"] for target in report["targets"])
-    assert len(report["targets"]) == 4
+    assert len(report["targets"]) == 5
     for key in ("loss_last", "tokens_per_second", "peak_rss_mb"):
         assert all(value > 0 for value in report[key].values())
     assert report["loss_first"]["experts"] == report["loss_first"]["attention"]  # new adapters change nothing
