@@ -353,6 +353,11 @@ def _check_trained_adapter(model_args: Any, finetuning_args: Any, training_args:
             f"kt_sft: lora_experts is set, but training goes on with the adapter {continued}, which has no weights for "
             "routed experts; set create_new_adapter: true to train a new one, or leave lora_experts out"
         )
+    if settings.lora_experts and model_args.use_unsloth_gc and finetuning_args.lora_dropout:
+        raise ConfigError(
+            "kt_sft: lora_dropout on routed experts needs the same random numbers when layers are computed again, and "
+            "use_unsloth_gc does not restore them; remove use_unsloth_gc, or set lora_dropout: 0"
+        )
     _show_log()
     resumed = settle_resumed(training_args)
     if resumed is not None:

@@ -65,6 +65,13 @@ def test_bad_combinations(changes: dict[str, Any], message: str, parse: Callable
     assert message in str(error.value)
 
 
+def test_dropout_on_experts_with_a_checkpointing_that_draws_anew(parse: Callable[..., Any]) -> None:
+    with pytest.raises(ConfigError, match="use_unsloth_gc does not restore them; remove use_unsloth_gc"):
+        parse(kt_sft={"lora_experts": True}, use_unsloth_gc=True, lora_dropout=0.1)
+    parse(kt_sft={"lora_experts": True}, use_unsloth_gc=True, lora_dropout=0.0)
+    parse(kt_sft={}, use_unsloth_gc=True, lora_dropout=0.1)
+
+
 @pytest.mark.parametrize("changes", [{"finetuning_type": "full"}, {"use_dora": True}])
 def test_without_the_key_nothing_is_refused(changes: dict[str, Any], parse: Callable[..., Any]) -> None:
     model_args = parse(**changes)[0]
