@@ -12,6 +12,7 @@
 
 #include "cpu/topology.h"
 #include "moe/engine.h"
+#include "moe/fastest_tier.h"
 
 namespace py = pybind11;
 

@@ -3,6 +3,7 @@
 #include <atomic>
 #include <new>
 
+#include "moe/fastest_tier.h"
 #include "testing.h"
 
 namespace kt {

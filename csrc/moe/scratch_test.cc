@@ -5,6 +5,7 @@
 #include <fstream>
 
 #include "moe/engine.h"
+#include "moe/fastest_tier.h"
 #include "testing.h"
 #include "tiers/tested_tiers.h"
 

@@ -1,8 +1,3 @@
-#include "tiers/registry.h"
-
-#include <algorithm>
-#include <chrono>
-
 #include "tiers/tier.h"
 
 namespace kt {
@@ -41,74 +36,6 @@ const TierKernels* BestKernels(Tier limit) {
     if (kernels != nullptr && CpuSupports(tier)) return kernels;
   }
   return &kPortableKernels;
-}
-
-int FastestOf(const double* rates, int count) {
-  int best = count - 1;
-  for (int i = count - 2; i >= 0; --i) {
-    if (rates[i] > kWorthLowering * rates[best]) best = i;
-  }
-  return best;
-}
-
-std::vector<double> BestRates(int count, const std::function<double(int)>& rate) {
-  constexpr int kTrials = 512;
-  std::vector<double> best(static_cast<size_t>(count), 0.0);
-  for (int trial = 0; trial < kTrials; ++trial) {
-    for (int i = 0; i < count; ++i) best[static_cast<size_t>(i)] = std::max(best[static_cast<size_t>(i)], rate(i));
-  }
-  return best;
-}
-
-namespace {
-
-double SecondsNow() {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
-
-// FLOPs per second of products on registers, for each tier.
-std::vector<double> MeasureRates(const std::vector<const TierKernels*>& tiers,
-                                 double (*TierKernels::*products)(int64_t)) {
-  constexpr int64_t kSteps = 1000;  // some microseconds
-  return BestRates(static_cast<int>(tiers.size()), [&](int i) {
-    const TierKernels& kernels = *tiers[static_cast<size_t>(i)];
-    const double start = SecondsNow();
-    const double flops = (kernels.*products)(kSteps);
-    const double rate = flops / (SecondsNow() - start);
-    if (kernels.end_products != nullptr) kernels.end_products();
-    return rate;
-  });
-}
-
-TierKernels ChooseFastest() {
-  std::vector<const TierKernels*> tiers;
-  for (int i = static_cast<int>(Tier::kAvx2); i < kTierCount; ++i) {
-    const TierKernels* const kernels = KernelsOf(static_cast<Tier>(i));
-    if (kernels != nullptr && CpuSupports(kernels->tier)) tiers.push_back(kernels);
-  }
-  if (tiers.empty()) return kPortableKernels;
-  const auto fastest = [&](double (*TierKernels::*products)(int64_t)) {
-    return tiers[static_cast<size_t>(FastestOf(MeasureRates(tiers, products).data(), static_cast<int>(tiers.size())))];
-  };
-  TierKernels chosen = *fastest(&TierKernels::register_products);
-  if (chosen.tier == tiers.back()->tier) return chosen;
-  // Integer products take operands of their own, so that they may be another tier's where panels are as wide.
-  const TierKernels& integers = *fastest(&TierKernels::register_int8_products);
-  if (integers.lanes == chosen.lanes && integers.tile_vectors == chosen.tile_vectors &&
-      integers.end_products == nullptr) {
-    std::copy_n(integers.decode_int8_rows, kFormatCount, chosen.decode_int8_rows);
-    chosen.pack_int8_panel = integers.pack_int8_panel;
-    chosen.multiply_int8 = integers.multiply_int8;
-    chosen.register_int8_products = integers.register_int8_products;
-  }
-  return chosen;
-}
-
-}  // namespace
-
-const TierKernels* FastestKernels() {
-  static const TierKernels chosen = ChooseFastest();
-  return &chosen;
 }
 
 }  // namespace kt

@@ -169,10 +169,4 @@ const TierKernels* KernelsOf(Tier tier);
 // The highest tier that this build and this CPU have, not above `limit`.
 const TierKernels* BestKernels(Tier limit);
 
-// The tier to use where none is asked for: the highest, unless a lower one multiplies much faster here, as measured
-// once in each process. Intel CPUs with AMX hidden by a hypervisor start a BF16 dot product only every other cycle, but
-// two FP32 multiply-adds in each, so `avx512` has twice the speed of `avx512_bf16`. Integer products may be a higher
-// tier's.
-const TierKernels* FastestKernels();
-
 }  // namespace kt

@@ -1,5 +1,6 @@
 // Which tier is used, and what it multiplies integers with.
-#include "tiers/registry.h"
+
+#include "moe/fastest_tier.h"
 
 #include <algorithm>
 #include <cstring>

@@ -1,10 +1,18 @@
-// How the fastest tier is found. Not in tier.h: units with raised flags must not see the templates used here.
+// Which tier the engine uses.
 #pragma once
 
 #include <functional>
 #include <vector>
 
+#include "tiers/tier.h"
+
 namespace kt {
+
+// The tier to use where none is asked for: the highest, unless a lower one multiplies much faster here, as measured
+// once in each process. Intel CPUs with AMX hidden by a hypervisor start a BF16 dot product only every other cycle, but
+// two FP32 multiply-adds in each, so `avx512` has twice the speed of `avx512_bf16`. Integer products may be a higher
+// tier's.
+const TierKernels* FastestKernels();
 
 // The number of the tier to use among `count`, lowest first, whose products run at these rates. A lower one has to be
 // this many times as fast: a measurement that others on the machine disturb must not decide.
