@@ -9,7 +9,7 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 EXAMPLE = REPOSITORY / "scripts" / "expert_lora_example.py"
-BASE_STEPS, TUNING_STEPS = 5, 4
+BASE_STEPS, TUNING_STEPS = 1, 4
 
 
 @pytest.fixture(scope="module")
