@@ -7,18 +7,17 @@
 namespace kt {
 
 struct Bf16Format {
-  static constexpr bool kScales = false;
+  static constexpr bool kScales = false, kSpread = false;
 
   // Where the weight at (row, column) is stored.
   static const uint8_t* Address(const MatrixView& w, int64_t row, int64_t column) {
     return w.rows + row * w.row_stride + column * 2;
   }
 
-  // Two vectors' worth of values, as elements of tiers that multiply FP32.
+  // Two vectors' worth of values as elements.
   template <class Ops>
   static typename Ops::Step Step(const uint8_t* values) {
-    const Bf16* const from = reinterpret_cast<const Bf16*>(values);
-    return Ops::Halves(Ops::LoadBf16(from), Ops::LoadBf16(from + Ops::kLanes));
+    return Ops::StepOfBf16(reinterpret_cast<const Bf16*>(values));
   }
   static constexpr int64_t CodeBytes(int64_t columns) { return 2 * columns; }
 

@@ -7,10 +7,14 @@
 //   template <class Ops> static constexpr bool InPlace();  // whether stored rows are rows of the tier's elements
 //   template <class Ops, bool kScaled> static void DecodeRow(const MatrixView&, int64_t row, int64_t column,
 //                                                            int64_t count, typename Ops::Element* out);
-// DecodeRow turns `count` weights
-// of one row, from `column` on (a multiple of kLeastGroup), into the tier's element type: code x scale, or the bare
-// code, which every element type holds exactly. It is instantiated once per tier, with that tier's `Ops`, so it may use
-// the tier's vector operations.
+//   static constexpr int64_t CodeBytes(int64_t columns);
+//   static constexpr bool kSpread;
+//   template <class Ops> static typename Ops::Step Step(const uint8_t* codes);  // unless kSpread; multiples of kUnit
+//   template <class Ops> static typename Ops::Panel Lowest(typename Ops::I codes);  // if kSpread
+// DecodeRow turns `count` weights of one row, from `column` on (a multiple of kLeastGroup), into the tier's element
+// type: code x scale, or the bare code, which every element type holds exactly. Step and Lowest decode in registers,
+// for tiers/stream.inl. All are instantiated once per tier, with that tier's `Ops`, so they may use its vector
+// operations.
 #pragma once
 
 #include <cstdint>
@@ -87,7 +91,8 @@ static inline void LoadScales(const MatrixView& w, int64_t row, int64_t first, i
       return;
     case ScaleType::kE8M0:
       // 2^(code - 127); the smallest is a denormal number, and 255 (not a number) never comes here.
-      for (int64_t i = 0; i < count; ++i) out[i] = from[i] == 0 ? 0x1p-127F : FloatFromBits(uint32_t{from[i]} << 23);
+      for (int64_t i = 0; i < count; ++i)
+        out[i] = FloatFromBits(from[i] == 0 ? uint32_t{1} << 22 : uint32_t{from[i]} << 23);
       return;
     case ScaleType::kNone:
       return;

@@ -22,6 +22,7 @@ alignas(64) static constexpr float kNf4Values[16] = {
 template <const float (&kValues)[16]>
 struct FourBitCodes {
   static constexpr int kBits = 4;
+  static constexpr float kUnit = 1.0F;
 
   template <class Ops>
   static void Decode(const uint8_t* codes, typename Ops::F* even, typename Ops::F* odd) {
@@ -34,6 +35,10 @@ struct FourBitCodes {
   template <class Ops>
   static typename Ops::Step Bare(const uint8_t* codes) {
     return Ops::LookUpStep(kValues, codes);
+  }
+  template <class Ops>
+  static typename Ops::Panel Lowest(typename Ops::I codes) {
+    return Ops::LookUpLowest(kValues, codes);
   }
   template <class Ops>
   static void StorePair(typename Ops::F even, typename Ops::F odd, float* out) {

@@ -9,10 +9,14 @@ namespace kt {
 struct Fp8Codes {
   static constexpr int kBits = 8;
 
+  // As FP16 a code's bits, moved up by 7, are its value / 2^8, denormals included.
+  static constexpr float kUnit = 256.0F;
+
   template <class Ops>
   static void Decode(const uint8_t* codes, typename Ops::F* first, typename Ops::F* second) {
-    *first = Ops::FromFp8(codes);
-    *second = Ops::FromFp8(codes + Ops::kLanes);
+    Ops::FromFp8(codes, first, second);
+    *first = Ops::Mul(*first, Ops::Set(kUnit));
+    *second = Ops::Mul(*second, Ops::Set(kUnit));
   }
   template <class Ops>
   static typename Ops::Step Join(typename Ops::F first, typename Ops::F second) {
@@ -20,7 +24,15 @@ struct Fp8Codes {
   }
   template <class Ops>
   static typename Ops::Step Bare(const uint8_t* codes) {
-    return Ops::Halves(Ops::FromFp8(codes), Ops::FromFp8(codes + Ops::kLanes));
+    typename Ops::F first, second;
+    Decode<Ops>(codes, &first, &second);
+    return Ops::Halves(first, second);
+  }
+  template <class Ops>
+  static typename Ops::Step InUnits(const uint8_t* codes) {
+    typename Ops::F first, second;
+    Ops::FromFp8(codes, &first, &second);
+    return Ops::Halves(first, second);
   }
   template <class Ops>
   static void StorePair(typename Ops::F first, typename Ops::F second, float* out) {

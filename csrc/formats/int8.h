@@ -7,6 +7,7 @@ namespace kt {
 
 struct Int8Codes {
   static constexpr int kBits = 8;
+  static constexpr float kUnit = 1.0F;
 
   template <class Ops>
   static void Decode(const uint8_t* codes, typename Ops::F* first, typename Ops::F* second) {
@@ -20,6 +21,10 @@ struct Int8Codes {
   template <class Ops>
   static typename Ops::Step Bare(const uint8_t* codes) {
     return Ops::Halves(Ops::FromInt8(codes), Ops::FromInt8(codes + Ops::kLanes));
+  }
+  template <class Ops>
+  static typename Ops::Step InUnits(const uint8_t* codes) {
+    return Bare<Ops>(codes);
   }
   template <class Ops>
   static void StorePair(typename Ops::F first, typename Ops::F second, float* out) {

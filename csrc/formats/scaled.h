@@ -17,6 +17,8 @@ namespace kt {
 template <class Codes>
 struct ScaledFormat {
   static constexpr bool kScales = true;
+  // Whether tokens are spread to meet the codes of a row (see tiers/stream.inl).
+  static constexpr bool kSpread = Codes::kBits == 4;
   // Scales of so many columns are turned to FP32 at a time.
   static constexpr int64_t kColumnsAtOnce = 1024;
 
@@ -24,10 +26,16 @@ struct ScaledFormat {
     return w.rows + row * w.row_stride + column * Codes::kBits / 8;
   }
 
-  // The bare codes of a step.
+  // The bare codes of a step, as multiples of kUnit.
+  static constexpr float kUnit = Codes::kUnit;
   template <class Ops>
   static typename Ops::Step Step(const uint8_t* codes) {
-    return Codes::template Bare<Ops>(codes);
+    return Codes::template InUnits<Ops>(codes);
+  }
+  // The code in the lowest bits of every element.
+  template <class Ops>
+  static typename Ops::Panel Lowest(typename Ops::I codes) {
+    return Codes::template Lowest<Ops>(codes);
   }
   static constexpr int64_t CodeBytes(int64_t columns) { return (columns * Codes::kBits + 7) / 8; }
 

@@ -15,6 +15,7 @@ struct Ops : PortableVectors {
   static constexpr int kTileRows = 4, kTileVectors = 8;
 
   static Panel LoadPanel(const Element* p) { return Load(reinterpret_cast<const float*>(p)); }
+  static void StorePanel(Element* p, Panel x) { Store(reinterpret_cast<float*>(p), x); }
   static Panel Broadcast(const Element* p) {
     float pair;
     std::memcpy(&pair, p, sizeof(pair));
@@ -39,11 +40,22 @@ struct Ops : PortableVectors {
     StoreBf16(elements + kLanes, second);
     return {{LoadPanel(elements)}};
   }
+  static Step StepOfBf16(const Element* p) { return {{LoadPanel(p)}}; }
   static Step Interleaved(F even, F odd) { return {{PackBf16(even, odd)}}; }
   static Step LookUpStep(const float* values, const uint8_t* codes) {
     F even, odd;
     LookUp(values, codes, &even, &odd);
     return Interleaved(even, odd);
+  }
+  static Panel LookUpLowest(const float* values, I codes) {
+    return PackBf16(PortableVectors::LookUpLowest(values, codes), PortableVectors::LookUpLowest(values, codes >> 16));
+  }
+  static void TakeApart(Panel a, Panel b, Panel* even, Panel* odd) {
+    F low, high;
+    PortableVectors::TakeApart(Half(a, 0), Half(b, 0), &low, &high);
+    F low_odd, high_odd;
+    PortableVectors::TakeApart(Half(a, 1), Half(b, 1), &low_odd, &high_odd);
+    *even = PackBf16(low, high), *odd = PackBf16(low_odd, high_odd);
   }
   static void StoreStep(const Step& step, Element* out) { Store(reinterpret_cast<float*>(out), step.panels[0]); }
   static void StoreActivation(Element* out, int, F even, F odd, bool) { StoreStep(Interleaved(even, odd), out); }

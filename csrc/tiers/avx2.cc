@@ -68,19 +68,19 @@ struct Avx2Vectors {
 
   static __m128i LoadEight(const uint8_t* codes) { return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes)); }
   static F FromInt8(const uint8_t* codes) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(LoadEight(codes))); }
-  // As FP16 the code's bits, moved up by 7, are the value / 2^8, denormals included.
-  static F FromFp8(const uint8_t* codes) {
-    const __m128i half = _mm_and_si128(_mm_slli_epi16(_mm_cvtepi8_epi16(LoadEight(codes)), 7),
-                                       _mm_set1_epi16(static_cast<int16_t>(0xbfff)));
-    return _mm256_mul_ps(_mm256_cvtph_ps(half), _mm256_set1_ps(256.0f));
+  static void FromFp8(const uint8_t* codes, F* first, F* second) {
+    const __m256i wide = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
+    const __m256i half = _mm256_and_si256(_mm256_slli_epi16(wide, 7), _mm256_set1_epi16(static_cast<int16_t>(0xbfff)));
+    *first = _mm256_cvtph_ps(_mm256_castsi256_si128(half));
+    *second = _mm256_cvtph_ps(_mm256_extracti128_si256(half, 1));
   }
   static void LookUp(const float* values, const uint8_t* codes, F* even, F* odd) {
     const __m256i both = _mm256_cvtepu8_epi32(LoadEight(codes));
-    *even = LookUpLow(values, both);
-    *odd = LookUpLow(values, _mm256_srli_epi32(both, 4));
+    *even = LookUpLowest(values, both);
+    *odd = LookUpLowest(values, _mm256_srli_epi32(both, 4));
   }
-  // The value of each lane's low four bits: a permute looks at three of them, the fourth chooses between two.
-  static F LookUpLow(const float* values, __m256i index) {
+  // A permute looks at three of the lowest four bits, the fourth chooses between two.
+  static F LookUpLowest(const float* values, __m256i index) {
     const F low = _mm256_permutevar8x32_ps(_mm256_load_ps(values), index);
     const F high = _mm256_permutevar8x32_ps(_mm256_load_ps(values + 8), index);
     return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
@@ -89,6 +89,13 @@ struct Avx2Vectors {
     const F low = _mm256_unpacklo_ps(even, odd), high = _mm256_unpackhi_ps(even, odd);
     *first = _mm256_permute2f128_ps(low, high, 0x20);
     *second = _mm256_permute2f128_ps(low, high, 0x31);
+  }
+
+  // The even and the odd lanes of a and b in a row.
+  static void TakeApart(F a, F b, F* even, F* odd) {
+    const auto in_order = [](F x) { return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(x), 0xd8)); };
+    *even = in_order(_mm256_shuffle_ps(a, b, 0x88));
+    *odd = in_order(_mm256_shuffle_ps(a, b, 0xdd));
   }
 
   // ---- integers ----
@@ -105,6 +112,13 @@ struct Avx2Vectors {
   static void StoreInts(void* p, I x) { _mm256_storeu_si256(static_cast<__m256i*>(p), x); }
   static F ToFloat(I x) { return _mm256_cvtepi32_ps(x); }
   static I ToInts(F x) { return _mm256_cvtps_epi32(x); }
+  static I ShiftCodes(I codes) { return _mm256_srli_epi32(codes, 4); }
+  static I LaneGroups(int shift) {
+    return _mm256_srl_epi32(_mm256_setr_epi32(0, 8, 16, 24, 32, 40, 48, 56), _mm_cvtsi32_si128(shift));
+  }
+  static F PickLanes(const float* p, I lanes) {
+    return _mm256_permutevar8x32_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)), lanes);
+  }
   static void StoreInt8(F x, int8_t* out) {
     const __m256i whole = _mm256_cvtps_epi32(x);
     const __m128i half = _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));

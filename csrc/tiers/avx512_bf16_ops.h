@@ -14,6 +14,16 @@ struct Avx512Bf16Ops : Avx512Vectors {
   static constexpr int kTileRows = 12, kTileVectors = 2;
 
   static Panel LoadPanel(const Element* p) { return _mm512_loadu_si512(p); }
+  static void StorePanel(Element* p, Panel x) { _mm512_storeu_si512(p, x); }
+  // The even and the odd elements of a and b in a row.
+  static void TakeApart(Panel a, Panel b, Panel* even, Panel* odd) {
+    const __m512i low = _mm512_set1_epi32(0xffff);
+    const __m512i evens = _mm512_packus_epi32(_mm512_and_si512(a, low), _mm512_and_si512(b, low));
+    const __m512i odds = _mm512_packus_epi32(_mm512_srli_epi32(a, 16), _mm512_srli_epi32(b, 16));
+    const __m512i in_order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
+    *even = _mm512_permutexvar_epi64(in_order, evens);
+    *odd = _mm512_permutexvar_epi64(in_order, odds);
+  }
   static Panel Broadcast(const Element* p) {
     int32_t pair;
     std::memcpy(&pair, p, sizeof(pair));
@@ -49,6 +59,7 @@ struct Avx512Bf16Ops : Avx512Vectors {
     Panel panels[1];
   };
   static Step Halves(F first, F second) { return {{reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first))}}; }
+  static Step StepOfBf16(const kt::Bf16* p) { return {{LoadPanel(p)}}; }
   static Step Interleaved(F even, F odd) { return {{_mm512_castps_si512(PackBf16(even, odd))}}; }
   static Step LookUpStep(const float* values, const uint8_t* codes) {
     const __m256i table = RoundToBf16(_mm512_load_ps(values));  // exact
@@ -56,6 +67,10 @@ struct Avx512Bf16Ops : Avx512Vectors {
     // Each half of a lane gets its code's four bits as its lowest; the fifth does not matter, as the table comes twice.
     const __m512i index = _mm512_or_si512(both, _mm512_slli_epi32(both, 12));
     return {{_mm512_permutexvar_epi16(index, _mm512_broadcast_i64x4(table))}};
+  }
+  static Panel LookUpLowest(const float* values, I codes) {
+    // A permute of 32 looks at five bits, the fifth of them the next code's: the table comes twice.
+    return _mm512_permutexvar_epi16(codes, _mm512_broadcast_i64x4(RoundToBf16(_mm512_load_ps(values))));
   }
   static void StoreStep(Step step, Element* out) { _mm512_storeu_si512(out, step.panels[0]); }
 

@@ -67,11 +67,15 @@ struct Avx512Vectors {
   static F FromInt8(const uint8_t* codes) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes))));
   }
-  // As FP16 the code's bits, moved up by 7, are the value / 2^8, denormals included.
-  static F FromFp8(const uint8_t* codes) {
-    const __m256i wide = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
-    const __m256i half = _mm256_and_si256(_mm256_slli_epi16(wide, 7), _mm256_set1_epi16(static_cast<int16_t>(0xbfff)));
-    return _mm512_mul_ps(_mm512_cvtph_ps(half), _mm512_set1_ps(256.0f));
+  static void FromFp8(const uint8_t* codes, F* first, F* second) {
+    const __m512i wide = _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)));
+    const __m512i half = _mm512_and_si512(_mm512_slli_epi16(wide, 7), _mm512_set1_epi16(static_cast<int16_t>(0xbfff)));
+    // Converting from memory saves the shuffle that it takes from a register.
+    alignas(64) __m256i halves[2];
+    _mm512_store_si512(halves, half);
+    asm volatile("" : "+m"(halves));
+    *first = _mm512_cvtph_ps(halves[0]);
+    *second = _mm512_cvtph_ps(halves[1]);
   }
   static void LookUp(const float* values, const uint8_t* codes, F* even, F* odd) {
     const __m512 table = _mm512_load_ps(values);
@@ -79,11 +83,21 @@ struct Avx512Vectors {
     *even = _mm512_permutexvar_ps(both, table);  // the low four bits of a lane count
     *odd = _mm512_permutexvar_ps(_mm512_srli_epi32(both, 4), table);
   }
+  static __m512 LookUpLowest(const float* values, __m512i codes) {
+    return _mm512_permutexvar_ps(codes, _mm512_load_ps(values));
+  }
   static void Interleave(F even, F odd, F* first, F* second) {
     const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
     const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
     *first = _mm512_permutex2var_ps(even, low, odd);
     *second = _mm512_permutex2var_ps(even, high, odd);
+  }
+
+  // The even and the odd lanes of a and b in a row.
+  static void TakeApart(F a, F b, F* even, F* odd) {
+    const __m512i lanes = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    *even = _mm512_permutex2var_ps(a, lanes, b);
+    *odd = _mm512_permutex2var_ps(a, _mm512_add_epi32(lanes, _mm512_set1_epi32(1)), b);
   }
 
   // ---- integers ----
@@ -100,6 +114,14 @@ struct Avx512Vectors {
   static void StoreInts(void* p, I x) { _mm512_storeu_si512(p, x); }
   static F ToFloat(I x) { return _mm512_cvtepi32_ps(x); }
   static I ToInts(F x) { return _mm512_cvtps_epi32(x); }
+  static I ShiftCodes(I codes) { return _mm512_srli_epi32(codes, 4); }
+  static I LaneGroups(int shift) {
+    const __m512i columns = _mm512_setr_epi32(0, 8, 16, 24, 32, 40, 48, 56, 64, 72, 80, 88, 96, 104, 112, 120);
+    return _mm512_srl_epi32(columns, _mm_cvtsi32_si128(shift));
+  }
+  static F PickLanes(const float* p, I lanes) {
+    return _mm512_permutexvar_ps(lanes, _mm512_broadcast_f32x4(_mm_loadu_ps(p)));
+  }
   static void StoreInt8(F x, int8_t* out) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x)));
   }

@@ -17,6 +17,7 @@ struct FloatElements : V {
   static constexpr bool kScaleProducts = false;
 
   static Panel LoadPanel(const Element* p) { return V::Load(p); }
+  static void StorePanel(Element* p, Panel x) { V::Store(p, x); }
   static Panel Broadcast(const Element* p) { return V::Set(*p); }
   static F MultiplyAdd(F sum, Panel a, Panel b) { return V::Fma(a, b, sum); }
 
@@ -32,6 +33,7 @@ struct FloatElements : V {
     Panel panels[2];
   };
   static Step Halves(F first, F second) { return {{first, second}}; }
+  static Step StepOfBf16(const kt::Bf16* p) { return {{V::LoadBf16(p), V::LoadBf16(p + V::kLanes)}}; }
   static Step Interleaved(F even, F odd) {
     Step step;
     V::Interleave(even, odd, &step.panels[0], &step.panels[1]);

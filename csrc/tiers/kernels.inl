@@ -7,13 +7,17 @@
 //  - F, a vector of kLanes floats; Zero Set Load Store Add Sub Mul Div Fma Min Max Abs Round PowerOfTwo SelectNegative
 //  Sum
 //  - LoadBf16 LoadF16 StoreBf16 StoreF16: kLanes values in memory from and to F
-//  - Panel, LoadPanel, Broadcast(kPair elements), MultiplyAdd(sum, broadcast, panel)
+//  - Panel, LoadPanel, StorePanel, Broadcast(kPair elements), MultiplyAdd(sum, broadcast, panel)
 //  - ElementsFromBf16(src, count, out), StoreElements(F, out): elements in a row
 //  - StoreActivation(out, width, F even, F odd, has_odd): two depth steps of a B panel
 //  - InterleaveRows(out, row0, row1): one panel's width of kPair weight rows
-//  - FromInt8(codes), FromFp8(codes): kLanes codes to F; LookUp(16 values, codes, F* even, F* odd): 2 kLanes codes
+//  - FromInt8(codes): kLanes codes to F; of 2 kLanes codes FromFp8(codes, F* first, F* second), values / 2^8, and
+//  LookUp(16 values, codes, F* even, F* odd)
 //  - Step, 2 kLanes elements in a row as 2 / kPair Panels: Halves(F, F), Interleaved(F even, F odd),
-//  LookUpStep(16 values, codes), StoreStep(Step, out)
+//  LookUpStep(16 values, codes), StepOfBf16(Bf16*), StoreStep(Step, out)
+//  - for few tokens: TakeApart(Panel a, b, Panel* even, odd), the even and odd elements of a and b in a row;
+//  LookUpLowest(16 values, I), of the lowest four bits of every 8 * sizeof(Element); ShiftCodes(I), 32 bits down by
+//  four; LaneGroups(shift): lane l holds 8 l >> shift; PickLanes(float*, those): one of four values for every lane
 //  - what int8_product.inl lists
 //  - PackBf16(F even, F odd): lane i holds the BF16 values even[i], odd[i]; Transpose(F[kLanes]); Keep(F&)
 #pragma once
@@ -26,6 +30,7 @@
 #include "tiers/operands.inl"
 #include "tiers/product.inl"
 #include "tiers/results.inl"
+#include "tiers/stream.inl"
 #include "tiers/tier.h"
 
 namespace kt {
@@ -113,7 +118,7 @@ struct Kernels {
     table.in_place[static_cast<int>(format)] = Decoder::template InPlace<Ops>();
     table.decode_rows[static_cast<int>(format)] = Operands<Ops>::template DecodeRows<Decoder>;
     table.decode_panels[static_cast<int>(format)] = Operands<Ops>::template DecodePanels<Decoder>;
-    table.dot_rows[static_cast<int>(format)] = Product<Ops>::template DotRows<Decoder>;
+    table.dot_rows[static_cast<int>(format)] = Stream<Ops>::template DotRows<Decoder>;
   }
 
   template <class Act>

@@ -98,6 +98,12 @@ struct PortableVectors {
   static void StoreInts(void* p, I x) { std::memcpy(p, &x, sizeof(x)); }
   static F ToFloat(I x) { return __builtin_convertvector(x, F); }
   static I ToInts(F x) { return __builtin_convertvector(x, I); }
+  static I ShiftCodes(I codes) { return codes >> 4; }
+  static I LaneGroups(int) { return I{0, 0, 0, 0}; }  // a block of 32 columns lies within one group
+  static F PickLanes(const float* p, I) { return Set(*p); }
+  static F LookUpLowest(const float* values, I codes) {
+    return Each([&](int i) { return values[codes[i] & 15]; });
+  }
   static void StoreInt8(F x, int8_t* out) {
     for (int i = 0; i < kLanes; ++i) out[i] = static_cast<int8_t>(x[i]);
   }
@@ -123,8 +129,9 @@ struct PortableVectors {
   static F FromInt8(const uint8_t* codes) {
     return Each([&](int i) { return static_cast<float>(static_cast<int8_t>(codes[i])); });
   }
-  static F FromFp8(const uint8_t* codes) {
-    return Each([&](int i) { return kt::FloatFromFp8(codes[i]); });
+  static void FromFp8(const uint8_t* codes, F* first, F* second) {
+    *first = Each([&](int i) { return kt::FloatFromFp8(codes[i]) * 0x1p-8F; });
+    *second = Each([&](int i) { return kt::FloatFromFp8(codes[kLanes + i]) * 0x1p-8F; });
   }
   static void LookUp(const float* values, const uint8_t* codes, F* even, F* odd) {
     *even = Each([&](int i) { return values[codes[i] & 15]; });
@@ -133,6 +140,11 @@ struct PortableVectors {
   static void Interleave(F even, F odd, F* first, F* second) {
     *first = F{even[0], odd[0], even[1], odd[1]};
     *second = F{even[2], odd[2], even[3], odd[3]};
+  }
+
+  static void TakeApart(F a, F b, F* even, F* odd) {
+    *even = F{a[0], a[2], b[0], b[2]};
+    *odd = F{a[1], a[3], b[1], b[3]};
   }
 
   static void Transpose(F* v) {
