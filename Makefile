@@ -82,7 +82,7 @@ test-cxx: $(INSTALLED)  ## Build and run the C++ tests; check what each tier's u
 	$(CMAKE) -S . -B $(CXX_BUILD) -G Ninja $(CXX_TESTS)
 	$(CMAKE) --build $(CXX_BUILD) -j $(JOBS)
 	$(BIN)/python scripts/check_tier_symbols.py $(CXX_BUILD)
-	$(CTEST) --test-dir $(CXX_BUILD) --no-tests=error --output-on-failure
+	$(CTEST) --test-dir $(CXX_BUILD) -j $(JOBS) --no-tests=error --output-on-failure
 
 test-python: $(DEVELOP)  ## Run the Python tests, without network
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
