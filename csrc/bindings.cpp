@@ -89,8 +89,13 @@ Compute ComputeFromName(const std::string& name) {
   throw std::invalid_argument("compute must be bf16 or int8, got " + name);
 }
 
-const TierKernels& KernelsFor(const std::optional<std::string>& limit) {
-  return limit ? *BestKernels(TierFromName(*limit)) : *FastestKernels();
+// Names of the tiers of products and of integer products.
+using TierNames = std::pair<std::string, std::string>;
+
+TierNames TierNamesOf(const TierChoice& choice) { return {TierName(choice.products), TierName(choice.integers)}; }
+
+const TierKernels& KernelsFor(const TierNames& tiers) {
+  return *KernelsOf(TierChoice{TierFromName(tiers.first), TierFromName(tiers.second)});
 }
 
 std::vector<std::string> AvailableTiers() {
@@ -170,16 +175,31 @@ LoraGradients MakeLoraGradients(const std::optional<LoraGradientAddresses>& give
 void BindLayer(py::module_& m) {
   py::class_<ExpertLayer>(m, "ExpertLayer")
       .def(py::init([](int64_t experts, int64_t hidden, int64_t intermediate, const std::string& activation, bool gated,
-                       const std::string& format, int64_t group, bool zero_point, const std::vector<int>& nodes) {
-             auto layer =
-                 std::make_unique<ExpertLayer>(LayerShape{experts, hidden, intermediate, ActivationFromName(activation),
-                                                          gated, FormatFromName(format.c_str()), group, zero_point});
+                       const std::string& format, int64_t group, bool zero_point, const std::vector<int>& nodes,
+                       bool shared, int descriptor) {
+             const LayerShape shape{experts,      hidden,
+                                    intermediate, ActivationFromName(activation),
+                                    gated,        FormatFromName(format.c_str()),
+                                    group,        zero_point};
+             if (descriptor >= 0)
+               return std::make_unique<ExpertLayer>(shape,
+                                                    [&](size_t bytes) { return Block::MapShared(descriptor, bytes); });
+             auto layer = std::make_unique<ExpertLayer>(
+                 shape, [&](size_t bytes) { return shared ? Block::Shared(bytes) : Block(bytes); });
              layer->PlaceOnNodes(nodes);
              return layer;
            }),
            py::kw_only(), py::arg("experts"), py::arg("hidden"), py::arg("intermediate"), py::arg("activation"),
-           py::arg("gated"), py::arg("format"), py::arg("group"), py::arg("zero_point"), py::arg("nodes"))
+           py::arg("gated"), py::arg("format"), py::arg("group"), py::arg("zero_point"), py::arg("nodes"),
+           py::arg("shared"), py::arg("descriptor"))
       .def_property_readonly("nbytes", &ExpertLayer::bytes)
+      .def_property_readonly("descriptor", &ExpertLayer::descriptor)
+      .def(
+          "adopt",
+          [](ExpertLayer& layer, double squared_error, double squared_values) {
+            layer.Adopt({squared_error, squared_values});
+          },
+          py::arg("squared_error"), py::arg("squared_values"))
       .def_property_readonly("error",
                              [](const ExpertLayer& layer) {
                                const QuantisationError error = layer.error();
@@ -224,11 +244,11 @@ void BindEngine(py::module_& m) {
   py::class_<HeldTicket>(m, "Ticket").def("wait", &HeldTicket::Wait).def_property_readonly("done", &HeldTicket::done);
 
   py::class_<Engine, EngineHolder>(m, "Engine")
-      .def(py::init([](int threads, const std::vector<std::vector<int>>& node_cpus,
-                       const std::optional<std::string>& limit, int64_t spin_us) {
-             return EngineHolder(new Engine(threads, node_cpus, KernelsFor(limit), std::chrono::microseconds(spin_us)));
+      .def(py::init([](int threads, const std::vector<std::vector<int>>& node_cpus, const TierNames& tiers,
+                       int64_t spin_us) {
+             return EngineHolder(new Engine(threads, node_cpus, KernelsFor(tiers), std::chrono::microseconds(spin_us)));
            }),
-           py::arg("threads"), py::arg("node_cpus"), py::arg("limit"), py::arg("spin_us") = ThreadPool::kSpin.count())
+           py::arg("threads"), py::arg("node_cpus"), py::arg("tiers"), py::arg("spin_us") = ThreadPool::kSpin.count())
       .def_property_readonly("threads", &Engine::threads)
       .def_property_readonly("tier", [](const Engine& engine) { return TierName(engine.kernels().tier); })
       .def("take_bf16", &TakeBf16, py::arg("rows"), py::arg("columns"))
@@ -299,6 +319,16 @@ PYBIND11_MODULE(_native, m) {
   kt::BindEngine(m);
   m.def("available_tiers", &kt::AvailableTiers,
         "Names of the instruction tiers this CPU and this build have, lowest first.");
+  m.def(
+      "fastest_tiers", [] { return kt::TierNamesOf(kt::FastestTiers()); },
+      "Names of the tiers whose products, and whose integer products, are to be used: moe/fastest_tier.h.");
+  m.def(
+      "tiers_up_to",
+      [](const std::string& limit) {
+        const kt::Tier tier = kt::BestKernels(kt::TierFromName(limit))->tier;
+        return kt::TierNamesOf({tier, tier});
+      },
+      py::arg("limit"), "The same for the highest tier, up to this one, that this CPU and this build have.");
   m.def("topology", &kt::MachineTopology, py::arg("system"), py::arg("usable"),
         "[(node, package, [CPU, ...]) of each core] and [(number, bytes) of each node with memory]: cpu/topology.h.");
   m.def("cpu_model", &kt::CpuModel, "The CPU's own name.");

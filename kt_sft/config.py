@@ -207,6 +207,22 @@ def local_rank_and_size() -> tuple[int, int]:
     return int(rank), int(size)
 
 
+def local_job() -> tuple[str, ...] | None:
+    """What the processes that a launcher started together on this machine have in common, and those of no other do.
+
+    None for a process alone, and where the launcher gives no `MASTER_PORT`, so that processes cannot find each other.
+
+    Raises:
+        ConfigError: As `local_rank_and_size`.
+    """
+    if local_rank_and_size()[1] == 1 or not os.environ.get("MASTER_PORT"):
+        return None
+    # GROUP_RANK tells two launchers apart that play two machines on one; the count of restarts, a job from its former
+    # self.
+    names = ("MASTER_ADDR", "MASTER_PORT", "GROUP_RANK", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
+    return tuple(os.environ.get(name, "") for name in names)
+
+
 def openmp_wait_policy() -> str | None:
     """What `OMP_WAIT_POLICY` asks of torch's OpenMP threads: "active", "passive", or None where it is not set."""
     return os.environ.get("OMP_WAIT_POLICY", "").strip().lower() or None

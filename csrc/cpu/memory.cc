@@ -1,57 +1,114 @@
 #include "cpu/memory.h"
 
+#include <fcntl.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <cerrno>
+#include <cstring>
 #include <iterator>
 #include <new>
 #include <stdexcept>
+#include <string>
 #include <utility>
 
 namespace kt {
 namespace {
 
 constexpr size_t kHugePage = size_t{2} << 20;
+constexpr int kSeals = F_SEAL_SHRINK | F_SEAL_GROW;
 
 size_t RoundToPages(size_t bytes) {
   const size_t page = bytes >= kHugePage ? kHugePage : 4096;
   return (bytes + page - 1) / page * page;
 }
 
+// Address space for a block of `size` bytes, at a huge page's start where one fits: older kernels do not align by
+// themselves, and then no huge page fits the ends.
+uint8_t* Reserve(size_t size, int protection, int flags) {
+  const size_t spare = size >= kHugePage ? kHugePage : 0;
+  void* const mapped = mmap(nullptr, size + spare, protection, flags | MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (mapped == MAP_FAILED) throw std::bad_alloc();
+  uint8_t* data = static_cast<uint8_t*>(mapped);
+  if (spare == 0) return data;
+  const size_t before = -reinterpret_cast<uintptr_t>(data) % kHugePage;
+  if (before > 0) munmap(data, before);
+  data += before;
+  if (before < spare) munmap(data + size, spare - before);
+  return data;
+}
+
+void AskForHugePages([[maybe_unused]] uint8_t* data, [[maybe_unused]] size_t size) {
+#if defined(MADV_HUGEPAGE)
+  if (size >= kHugePage) madvise(data, size, MADV_HUGEPAGE);  // advice only: small pages work too
+#endif
+}
+
+// A file's first `size` bytes, as all processes see them.
+uint8_t* MapFile(int descriptor, size_t size, int protection) {
+  uint8_t* const data = Reserve(size, PROT_NONE, MAP_NORESERVE);
+  if (mmap(data, size, protection, MAP_SHARED | MAP_FIXED, descriptor, 0) == MAP_FAILED) {
+    munmap(data, size);
+    throw std::bad_alloc();
+  }
+  AskForHugePages(data, size);
+  return data;
+}
+
 }  // namespace
 
 Block::Block(size_t bytes) {
   if (bytes == 0) return;
-  const size_t size = RoundToPages(bytes), spare = size >= kHugePage ? kHugePage : 0;
-  void* const mapped = mmap(nullptr, size + spare, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (mapped == MAP_FAILED) throw std::bad_alloc();
-  uint8_t* data = static_cast<uint8_t*>(mapped);
-  if (spare > 0) {
-    // Older kernels do not align by themselves, and then no huge page fits the ends.
-    const size_t before = -reinterpret_cast<uintptr_t>(data) % kHugePage;
-    if (before > 0) munmap(data, before);
-    data += before;
-    if (before < spare) munmap(data + size, spare - before);
-#if defined(MADV_HUGEPAGE)
-    madvise(data, size, MADV_HUGEPAGE);  // advice only: small pages work too
-#endif
-  }
-  data_ = data;
-  size_ = size;
+  size_ = RoundToPages(bytes);
+  data_ = Reserve(size_, PROT_READ | PROT_WRITE, 0);
+  AskForHugePages(data_, size_);
+}
+
+Block Block::Shared(size_t bytes) {
+  Block block;
+  block.descriptor_ = memfd_create("kt_sft experts", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+  if (block.descriptor_ < 0)
+    throw std::runtime_error(std::string("the system gives no memory to share (memfd_create: ") + std::strerror(errno) +
+                             ")");
+  const size_t size = RoundToPages(bytes);
+  if (ftruncate(block.descriptor_, static_cast<off_t>(size)) != 0) throw std::bad_alloc();
+  if (fcntl(block.descriptor_, F_ADD_SEALS, kSeals) != 0)
+    throw std::runtime_error(std::string("the system cannot keep shared memory from shrinking: ") +
+                             std::strerror(errno));
+  block.data_ = MapFile(block.descriptor_, size, PROT_READ | PROT_WRITE);
+  block.size_ = size;
+  return block;
+}
+
+Block Block::MapShared(int descriptor, size_t bytes) {
+  const size_t size = RoundToPages(bytes);
+  struct stat facts{};
+  const int seals = fcntl(descriptor, F_GET_SEALS);
+  if (seals < 0 || (seals & kSeals) != kSeals || fstat(descriptor, &facts) != 0 ||
+      facts.st_size != static_cast<off_t>(size))
+    throw std::invalid_argument("what another process gave is not its experts' memory");
+  Block block;
+  block.data_ = MapFile(descriptor, size, PROT_READ);
+  block.size_ = size;
+  block.writable_ = false;
+  return block;
 }
 
 Block::~Block() {
   if (data_ != nullptr) munmap(data_, size_);
+  if (descriptor_ >= 0) close(descriptor_);
 }
 
-Block::Block(Block&& other) noexcept
-    : data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, 0)) {}
+Block::Block(Block&& other) noexcept { *this = std::move(other); }
 
 Block& Block::operator=(Block&& other) noexcept {
   std::swap(data_, other.data_);
   std::swap(size_, other.size_);
+  std::swap(writable_, other.writable_);
+  std::swap(descriptor_, other.descriptor_);
   return *this;
 }
 

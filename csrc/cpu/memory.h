@@ -10,19 +10,30 @@
 
 namespace kt {
 
-// One anonymous mapping. Untouched pages cost nothing. The pages the system reserves for MAP_HUGETLB are left alone:
+// One mapping of memory. Untouched pages cost nothing. The pages the system reserves for MAP_HUGETLB are left alone:
 // few machines have any, and MADV_HUGEPAGE gives the same without.
 class Block {
  public:
   Block() = default;
-  // Throws std::bad_alloc when the address space or the memory limit refuses.
+  // This process's own. Throws std::bad_alloc when the address space or the memory limit refuses.
   explicit Block(size_t bytes);
+  // Memory that other processes can map: a file without a name, nowhere mounted (so that the size of /dev/shm does not
+  // matter), which goes with the last process that has it, however they end. Throws std::bad_alloc as above, and
+  // std::runtime_error when the system has no such files.
+  static Block Shared(size_t bytes);
+  // The same memory in another process, to be read only; `descriptor` is that block's, as it came over a socket, and
+  // stays the caller's. Throws std::invalid_argument for anything else than `bytes` of memory that cannot shrink, for
+  // which a read could be a bus error.
+  static Block MapShared(int descriptor, size_t bytes);
   ~Block();
   Block(Block&& other) noexcept;
   Block& operator=(Block&& other) noexcept;
 
   uint8_t* data() const { return data_; }
   size_t size() const { return size_; }
+  bool writable() const { return writable_; }
+  // Of a Shared block, open as long as it lives; -1 for others.
+  int descriptor() const { return descriptor_; }
 
   // Asks for the pages of the n-th of nodes.size() equal parts to lie on NUMA node nodes[n], where it has room; before
   // they are first touched. Does nothing without nodes. Says whether the kernel agreed: one without NUMA, or a
@@ -32,6 +43,8 @@ class Block {
  private:
   uint8_t* data_ = nullptr;
   size_t size_ = 0;
+  bool writable_ = true;
+  int descriptor_ = -1;
 };
 
 // Blocks that come and go with every layer call (retained activations): a returned block is kept for the next taker of

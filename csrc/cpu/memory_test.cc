@@ -1,5 +1,6 @@
 #include "cpu/memory.h"
 
+#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -34,6 +35,30 @@ TEST(LargeBlocksStartAtAHugePage) {
     CHECK(reinterpret_cast<uintptr_t>(block.data()) % (size_t{2} << 20) == 0);
     std::memset(block.data(), 1, block.size());  // all of it is there
   }
+}
+
+TEST(SharedBlocksAreTheSameMemory) {
+  for (const size_t bytes : {size_t{1}, size_t{5000}, (size_t{3} << 20) + 1}) {
+    Block filled = Block::Shared(bytes);
+    CHECK(filled.writable() && filled.descriptor() >= 0 && filled.size() >= bytes);
+    const Block mapped = Block::MapShared(filled.descriptor(), bytes);
+    CHECK(!mapped.writable() && mapped.descriptor() == -1 && mapped.size() == filled.size());
+    filled.data()[bytes - 1] = 7;
+    CHECK(mapped.data()[bytes - 1] == 7);
+    filled = Block();  // the last mapping keeps the memory
+    CHECK(mapped.data()[bytes - 1] == 7);
+  }
+}
+
+TEST(WhatCouldShrinkUnderItsReadersIsNotMapped) {
+  const Block block = Block::Shared(5000);
+  CHECK(ftruncate(block.descriptor(), 4096) != 0);
+  CHECK_THROWS(Block::MapShared(block.descriptor(), 9000), std::invalid_argument);
+  CHECK_THROWS(Block::MapShared(-1, 5000), std::invalid_argument);
+  const int unsealed = memfd_create("kt_sft test", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+  CHECK(ftruncate(unsealed, static_cast<off_t>(block.size())) == 0);
+  CHECK_THROWS(Block::MapShared(unsealed, 5000), std::invalid_argument);
+  close(unsealed);
 }
 
 TEST(PartsOfABlockAreAskedForOnTheirNodes) {

@@ -58,7 +58,7 @@ TEST(TicketsFromManyThreadsGiveTheResultsOfOne) {
   constexpr int kThreads = 4, kCalls = 20;
   std::vector<std::unique_ptr<Work>> expected;
   {
-    Engine engine(1, {}, *FastestKernels());
+    Engine engine(1, {}, *KernelsOf(FastestTiers()));
     for (int i = 0; i < kThreads * kCalls; ++i) {
       expected.push_back(std::make_unique<Work>(layer, i));
       engine.SubmitForward(expected.back()->call)->Wait();
@@ -66,7 +66,7 @@ TEST(TicketsFromManyThreadsGiveTheResultsOfOne) {
     }
   }
   for (const size_t nodes : {0, 2, 5}) {  // more than there are workers, and experts, too
-    Engine engine(3, std::vector<std::vector<int>>(nodes), *FastestKernels());
+    Engine engine(3, std::vector<std::vector<int>>(nodes), *KernelsOf(FastestTiers()));
     std::atomic<int> wrong{0};
     std::vector<std::thread> threads;
     threads.reserve(kThreads);
@@ -106,7 +106,7 @@ TEST(WhatWasSubmittedIsFinishedBeforeTheEngineGoes) {
 TEST(AFailureReachesWhoeverWaits) {
   const Layer layer;
   Work work(layer, 5);
-  Engine engine(2, {}, *FastestKernels());
+  Engine engine(2, {}, *KernelsOf(FastestTiers()));
   const auto ticket = engine.Submit([] { throw std::bad_alloc(); });
   CHECK_THROWS(ticket->Wait(), std::bad_alloc);
   CHECK_THROWS(ticket->Wait(), std::bad_alloc);
@@ -115,7 +115,7 @@ TEST(AFailureReachesWhoeverWaits) {
 
 TEST(ScratchDoesNotGrowWithRepetition) {
   const Layer layer;
-  Engine engine(2, {}, *FastestKernels());
+  Engine engine(2, {}, *KernelsOf(FastestTiers()));
   for (int i = 0; i < 40; ++i) engine.SubmitBackward(Work(layer, i).call)->Wait();
   const int64_t before = engine.stats().scratch_bytes;
   for (int i = 0; i < 400; ++i) engine.SubmitBackward(Work(layer, i).call)->Wait();
@@ -123,7 +123,7 @@ TEST(ScratchDoesNotGrowWithRepetition) {
 }
 
 TEST(TheMachinesPeakIsMeasured) {
-  Engine engine(2, {}, *FastestKernels());
+  Engine engine(2, {}, *KernelsOf(FastestTiers()));
   const MachinePeak peak = engine.Peak();
   CHECK(engine.Peak().product_flops == peak.product_flops);  // once
   CHECK(engine.Peak().int8_flops == peak.int8_flops && peak.int8_flops > 0);

@@ -2,6 +2,11 @@
 
 #include <algorithm>
 #include <chrono>
+#include <map>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <utility>
 
 namespace kt {
 
@@ -42,35 +47,59 @@ std::vector<double> MeasureRates(const std::vector<const TierKernels*>& tiers,
   });
 }
 
-TierKernels ChooseFastest() {
+bool Interchangeable(const TierKernels& kernels, const TierKernels& integers) {
+  return integers.lanes == kernels.lanes && integers.tile_vectors == kernels.tile_vectors &&
+         integers.end_products == nullptr;
+}
+
+TierChoice ChooseFastest() {
   std::vector<const TierKernels*> tiers;
   for (int i = static_cast<int>(Tier::kAvx2); i < kTierCount; ++i) {
     const TierKernels* const kernels = KernelsOf(static_cast<Tier>(i));
     if (kernels != nullptr && CpuSupports(kernels->tier)) tiers.push_back(kernels);
   }
-  if (tiers.empty()) return *KernelsOf(Tier::kPortable);
+  if (tiers.empty()) return {};
   const auto fastest = [&](double (*TierKernels::*products)(int64_t)) {
     return tiers[static_cast<size_t>(FastestOf(MeasureRates(tiers, products).data(), static_cast<int>(tiers.size())))];
   };
-  TierKernels chosen = *fastest(&TierKernels::register_products);
-  if (chosen.tier == tiers.back()->tier) return chosen;
-  // Integer products take operands of their own, so that they may be another tier's where panels are as wide.
+  const TierKernels& chosen = *fastest(&TierKernels::register_products);
+  if (chosen.tier == tiers.back()->tier) return {chosen.tier, chosen.tier};
   const TierKernels& integers = *fastest(&TierKernels::register_int8_products);
-  if (integers.lanes == chosen.lanes && integers.tile_vectors == chosen.tile_vectors &&
-      integers.end_products == nullptr) {
-    std::copy_n(integers.decode_int8_rows, kFormatCount, chosen.decode_int8_rows);
-    chosen.pack_int8_panel = integers.pack_int8_panel;
-    chosen.multiply_int8 = integers.multiply_int8;
-    chosen.register_int8_products = integers.register_int8_products;
-  }
-  return chosen;
+  return {chosen.tier, Interchangeable(chosen, integers) ? integers.tier : chosen.tier};
+}
+
+const TierKernels& SupportedKernels(Tier tier) {
+  const TierKernels* const kernels = KernelsOf(tier);
+  if (kernels == nullptr || !CpuSupports(tier))
+    throw std::invalid_argument(std::string("this CPU or build has no tier ") + TierName(tier));
+  return *kernels;
 }
 
 }  // namespace
 
-const TierKernels* FastestKernels() {
-  static const TierKernels chosen = ChooseFastest();
-  return &chosen;
+TierChoice FastestTiers() {
+  static const TierChoice chosen = ChooseFastest();
+  return chosen;
+}
+
+const TierKernels* KernelsOf(const TierChoice& choice) {
+  const TierKernels &own = SupportedKernels(choice.products), &integers = SupportedKernels(choice.integers);
+  if (choice.products == choice.integers) return &own;
+  if (!Interchangeable(own, integers))
+    throw std::invalid_argument(std::string(TierName(choice.products)) + " cannot have integer products of " +
+                                TierName(choice.integers));
+  static std::mutex mutex;
+  static std::map<std::pair<Tier, Tier>, TierKernels> combined;  // whose elements stay where they are
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto [place, added] = combined.try_emplace({choice.products, choice.integers}, own);
+  TierKernels& kernels = place->second;
+  if (added) {
+    std::copy_n(integers.decode_int8_rows, kFormatCount, kernels.decode_int8_rows);
+    kernels.pack_int8_panel = integers.pack_int8_panel;
+    kernels.multiply_int8 = integers.multiply_int8;
+    kernels.register_int8_products = integers.register_int8_products;
+  }
+  return &kernels;
 }
 
 }  // namespace kt

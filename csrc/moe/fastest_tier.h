@@ -8,11 +8,21 @@
 
 namespace kt {
 
-// The tier to use where none is asked for: the highest, unless a lower one multiplies much faster here, as measured
+// Integer products take operands of their own, so that they may be another tier's where panels are as wide.
+struct TierChoice {
+  Tier products = Tier::kPortable;
+  Tier integers = Tier::kPortable;
+};
+
+// The tiers to use where none is asked for: the highest, unless a lower one multiplies much faster here, as measured
 // once in each process. Intel CPUs with AMX hidden by a hypervisor start a BF16 dot product only every other cycle, but
-// two FP32 multiply-adds in each, so `avx512` has twice the speed of `avx512_bf16`. Integer products may be a higher
-// tier's.
-const TierKernels* FastestKernels();
+// two FP32 multiply-adds in each, so `avx512` has twice the speed of `avx512_bf16`. Two processes may measure
+// differently, so those of one job agree on what one of them found.
+TierChoice FastestTiers();
+
+// The kernels of a choice, alive as long as the process. Throws std::invalid_argument for tiers that this CPU or build
+// does not have, or that do not fit each other.
+const TierKernels* KernelsOf(const TierChoice& choice);
 
 // The number of the tier to use among `count`, lowest first, whose products run at these rates. A lower one has to be
 // this many times as fast: a measurement that others on the machine disturb must not decide.

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <stdexcept>
 
 #include "testing.h"
 #include "tiers/tested_tiers.h"
@@ -35,12 +36,37 @@ TEST(RatesAreThoseOfACpuThatIsAwake) {
 }
 
 TEST(FastestTierIsOneOfTheCpusAndTheSameEveryTime) {
-  const TierKernels& kernels = *FastestKernels();
-  CHECK(&kernels == FastestKernels());
+  const TierKernels& kernels = *KernelsOf(FastestTiers());
+  CHECK(&kernels == KernelsOf(FastestTiers()));
   CHECK(CpuSupports(kernels.tier));
   const TierKernels& own = *KernelsOf(kernels.tier);
   CHECK(kernels.multiply == own.multiply);
   CHECK(kernels.element_bytes == own.element_bytes);
+}
+
+TEST(AChoiceIsOneTierWithIntegerProductsOfAnother) {
+  for (const testing::TestedTier& one : testing::CpuTiers()) {
+    for (const testing::TestedTier& other : testing::CpuTiers()) {
+      const TierKernels &a = *one.kernels, &b = *other.kernels;
+      if (&a != KernelsOf(a.tier) || &b != KernelsOf(b.tier)) continue;  // on emulated tiles
+      const TierChoice choice{a.tier, b.tier};
+      const bool fit =
+          a.tier == b.tier || (a.lanes == b.lanes && a.tile_vectors == b.tile_vectors && b.end_products == nullptr);
+      if (!fit) {
+        CHECK_THROWS(KernelsOf(choice), std::invalid_argument);
+        continue;
+      }
+      const TierKernels& kernels = *KernelsOf(choice);
+      CHECK(&kernels == KernelsOf(choice));
+      CHECK(kernels.tier == a.tier && kernels.multiply == a.multiply);
+      CHECK(kernels.multiply_int8 == b.multiply_int8 && kernels.pack_int8_panel == b.pack_int8_panel);
+    }
+  }
+  for (int i = 0; i < kTierCount; ++i) {
+    const Tier tier = static_cast<Tier>(i);
+    if (KernelsOf(tier) == nullptr || !CpuSupports(tier))
+      CHECK_THROWS(KernelsOf(TierChoice{tier, tier}), std::invalid_argument);
+  }
 }
 
 // The integer products of any two tiers with panels of one width take the same operands and give the same bits, so that

@@ -64,7 +64,7 @@ bool AllFinite(const uint8_t* values, int64_t count) {
 
 }  // namespace
 
-ExpertLayer::ExpertLayer(const LayerShape& shape)
+ExpertLayer::ExpertLayer(const LayerShape& shape, const Allocate& allocate)
     : shape_(shape), storage_(StorageOf(shape.format, shape.group, shape.zero_point)) {
   constexpr int64_t kLargest = int64_t{1} << 24;
   for (const int64_t size : {shape.experts, shape.hidden, shape.intermediate}) {
@@ -77,7 +77,7 @@ ExpertLayer::ExpertLayer(const LayerShape& shape)
   // Below 2^62 bytes, so that no product of sizes overflows: a weight and its share of scales take less than 8 bytes.
   if (shape.experts > (int64_t{1} << 57) / (shape.hidden * shape.intermediate)) throw std::bad_alloc();
   const int64_t expert_bytes = (shape.gated ? 2 : 1) * MatrixBytes(Matrix::kUp) + MatrixBytes(Matrix::kDown);
-  block_ = Block(static_cast<size_t>(shape.experts * expert_bytes));
+  block_ = allocate(static_cast<size_t>(shape.experts * expert_bytes));
   written_ = std::make_unique<std::atomic<uint8_t>[]>(static_cast<size_t>(kMatrixCount * shape.experts));
 }
 
@@ -103,6 +103,19 @@ uint8_t* ExpertLayer::Base(Matrix matrix, int64_t expert) const {
   return block_.data() + expert * expert_bytes + before * first;
 }
 
+uint8_t* ExpertLayer::WritableBase(Matrix matrix, int64_t expert) const {
+  if (!block_.writable()) throw std::logic_error("these experts are another process's, and read only");
+  return Base(matrix, expert);
+}
+
+void ExpertLayer::Adopt(const QuantisationError& error) {
+  {
+    const std::lock_guard<std::mutex> lock(error_mutex_);
+    error_ = error;
+  }
+  for (int64_t i = 0; i < kMatrixCount * shape_.experts; ++i) written_[static_cast<size_t>(i)].store(1);
+}
+
 MatrixView ExpertLayer::view(Matrix matrix, int64_t expert) const {
   return storage_.view(Base(matrix, expert), rows(matrix), columns(matrix));
 }
@@ -114,7 +127,7 @@ QuantisationError ExpertLayer::error() const {
 
 void ExpertLayer::StoreRows(Matrix matrix, int64_t expert, int64_t row, int64_t count, const SourceMatrix& source) {
   const int64_t width = columns(matrix), band = storage_.group_rows;
-  uint8_t* const base = Base(matrix, expert);
+  uint8_t* const base = WritableBase(matrix, expert);
   const bool copies = storage_.format == Format::kBf16 && source.type == DType::kBf16 && source.column_stride == 1;
   std::vector<float> values(copies ? 0 : static_cast<size_t>(band * width));
   QuantisationError error;
@@ -148,7 +161,7 @@ void ExpertLayer::ReadFile(Matrix matrix, int64_t expert, const std::string& pat
   const int64_t height = rows(matrix), width = columns(matrix), item = DTypeBytes(layout.type);
   if (storage_.format == Format::kBf16 && layout.type == DType::kBf16 && layout.column_stride == 1 &&
       layout.row_stride == width) {
-    uint8_t* const out = Base(matrix, expert);
+    uint8_t* const out = WritableBase(matrix, expert);
     ReadExactly(file, path, offset, out, height * width * 2);
     if (!AllFinite(out, height * width))
       return Write(matrix, expert, {out, DType::kBf16, width, 1});  // names the place

@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -39,8 +40,16 @@ struct SourceMatrix {
 
 class ExpertLayer {
  public:
+  // Gives the weights' memory for a number of bytes.
+  using Allocate = std::function<Block(size_t)>;
+
   // Reserves memory for the weights; throws std::invalid_argument for sizes that make no sense.
-  explicit ExpertLayer(const LayerShape& shape);
+  explicit ExpertLayer(const LayerShape& shape, const Allocate& allocate = [](size_t bytes) { return Block(bytes); });
+
+  // For memory that another process filled, all of it: takes its word for what storing did.
+  void Adopt(const QuantisationError& error);
+  // Of memory that other processes can map; else -1.
+  int descriptor() const { return block_.descriptor(); }
 
   // Before anything is stored: expert e's memory is to lie on NUMA node nodes[e * nodes.size() / E], where the tasks
   // that read it are queued (BlocksOfNodes). Whole experts, because forward reads ranges of rows and backward ranges of
@@ -58,7 +67,7 @@ class ExpertLayer {
   QuantisationError error() const;
 
   // Stores one matrix, rounding to the format. Throws std::invalid_argument naming the place where the source is not
-  // finite. Thread-safe for different matrices.
+  // finite, and std::logic_error for memory of another process. Thread-safe for different matrices.
   void Write(Matrix matrix, int64_t expert, const SourceMatrix& source);
 
   // The same from a file, from byte `offset` on, without mapping it and with bounded memory. Throws std::runtime_error
@@ -82,6 +91,8 @@ class ExpertLayer {
   size_t Index(Matrix matrix, int64_t expert) const;
   // Where a matrix is stored.
   uint8_t* Base(Matrix matrix, int64_t expert) const;
+  // The same, to be written to.
+  uint8_t* WritableBase(Matrix matrix, int64_t expert) const;
   // Stores rows [row, row + count); `source` holds them alone.
   void StoreRows(Matrix matrix, int64_t expert, int64_t row, int64_t count, const SourceMatrix& source);
   // Bytes that a matrix takes, the last cache line in full.

@@ -188,6 +188,28 @@ TEST(WhatDoesNotExistIsRefused) {
   CHECK_THROWS(ungated.SetBiases({1.0F}, {}), std::invalid_argument);
 }
 
+TEST(AnotherProcessReadsWhatOneFilled) {
+  const LayerShape shape{3, kHidden, kIntermediate, Activation::kSilu, false, Format::kInt8};
+  ExpertLayer filled(shape, &Block::Shared);
+  const std::vector<float> values = Counting(kIntermediate * kHidden);
+  for (int64_t expert = 0; expert < 3; ++expert) {
+    filled.Write(Matrix::kUp, expert, {values.data(), DType::kF32, kHidden, 1});
+    filled.Write(Matrix::kDown, expert, {values.data(), DType::kF32, kIntermediate, 1});
+  }
+  ExpertLayer reader(shape, [&](size_t bytes) { return Block::MapShared(filled.descriptor(), bytes); });
+  CHECK(reader.bytes() == filled.bytes() && reader.descriptor() == -1);
+  CHECK(!reader.written(Matrix::kUp, 0));
+  reader.Adopt(filled.error());
+  CHECK(reader.error().squared_error == filled.error().squared_error && filled.error().squared_error > 0);
+  for (int64_t expert = 0; expert < 3; ++expert) {
+    for (const Matrix matrix : {Matrix::kUp, Matrix::kDown}) {
+      CHECK(reader.written(matrix, expert));
+      CHECK(Stored(reader, matrix, expert) == Stored(filled, matrix, expert));
+    }
+  }
+  CHECK_THROWS(reader.Write(Matrix::kUp, 0, {values.data(), DType::kF32, kHidden, 1}), std::logic_error);
+}
+
 TEST(MatricesDoNotOverlap) {
   const auto value_of = [](int64_t expert, Matrix matrix) {
     return std::ldexp(1.0F, static_cast<int>(2 * (kMatrixCount * expert + static_cast<int64_t>(matrix))));

@@ -153,7 +153,7 @@ TEST(NothingGrowsOverAThousandStepsOfChangingBatches) {
   shape.intermediate = 32;
   constexpr int64_t kMostTokens = 2000, kSlots = 2, kLayers = 3, kBound = int64_t{4} << 20;
   Work work(shape, kMostTokens, kSlots);
-  Engine engine(2, {}, *FastestKernels());
+  Engine engine(2, {}, *KernelsOf(FastestTiers()));
   std::mt19937 random(10);
   int64_t settled = 0, most = 0;
   const int steps = testing::Quick() ? 200 : 1000;

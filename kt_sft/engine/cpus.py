@@ -113,6 +113,11 @@ def engine_nodes() -> list[int]:
     return [] if numa_nodes() == 1 else sorted({core.node for core in _own_cores()})
 
 
+def job_nodes() -> list[int]:
+    """The NUMA nodes that the engines of all processes of this machine's launcher work on, as `engine_nodes`."""
+    return [] if numa_nodes() == 1 else sorted({core.node for core in usable_cores()})
+
+
 def oversubscribed(threads: int) -> bool:
     """Whether the processes of this machine's launcher run more engine threads than they are granted CPUs.
 

@@ -14,6 +14,7 @@ import torch
 from kt_sft.config import MOST_THREADS, TIERS, ConfigError, openmp_threads, requested_tier
 from kt_sft.engine import _native  # type: ignore[attr-defined]
 from kt_sft.engine.cpus import SPIN_MICROSECONDS, cgroup_cpu_limit, engine_cpus, granted_cpus, oversubscribed
+from kt_sft.engine.job import agree
 
 logger = logging.getLogger(__name__)
 
@@ -52,12 +53,24 @@ def _start(num_threads: int | None, limit: str | None) -> Any:
         _fit_torch_to_container()
         spin = 0 if oversubscribed(threads) else SPIN_MICROSECONDS
         try:
-            _engines[threads, limit] = _native.Engine(threads, node_cpus, limit, spin)
+            _engines[threads, limit] = _native.Engine(threads, node_cpus, _tiers(limit), spin)
         except RuntimeError as error:
             raise ConfigError(
                 f"kt_sft: cannot start {threads} engine threads ({error}); set num_threads lower"
             ) from error
     return _engines[threads, limit]
+
+
+def _tiers(limit: str | None) -> tuple[str, str]:
+    """The tiers of products and of integer products: one choice for all processes of this job on this machine.
+
+    Which is fastest is measured, and two processes that disturb each other could come to different results, and with
+    them to other roundings.
+    """
+    if limit is not None:
+        return _native.tiers_up_to(limit)
+    products, integers = agree("instruction tiers", _native.fastest_tiers)
+    return products, integers
 
 
 def available_tiers() -> list[str]:

@@ -62,10 +62,7 @@ def system_info(num_threads: int | None = None) -> dict[str, Any]:
 
 def _huge_page_bytes(rollup: Path = Path("/proc/self/smaps_rollup")) -> int | None:
     try:
-        for line in rollup.read_text().splitlines():
-            name, _, value = line.partition(":")
-            if name == "AnonHugePages":
-                return int(value.split()[0]) * 1024
-    except (OSError, ValueError, IndexError):
+        fields = dict(line.split(":", 1) for line in rollup.read_text().splitlines()[1:])
+        return sum(int(fields[name].split()[0]) * 1024 for name in ("AnonHugePages", "ShmemPmdMapped"))
+    except (OSError, KeyError, ValueError, IndexError):
         return None
-    return None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kt_sft.engine import _native  # type: ignore[attr-defined]
-from kt_sft.engine.cpus import engine_nodes
+from kt_sft.engine.cpus import engine_nodes, job_nodes
 
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu2", "swiglu_oai")
 MATRICES = ("gate", "up", "down")
@@ -61,10 +61,15 @@ class LayerStore:
         expert_format: How weights are stored; one of `formats()`.
         group_size: Columns that share a scale; None: the format's own default, 0: whole rows.
         zero_point: Asymmetric int4.
+        shared: Whether other processes can map the weights' memory, by the store's `descriptor`.
+        descriptor: That of a store of another process, of the same sizes and format. This one reads its memory, which
+            that process fills; `adopt` says when it has.
 
     Raises:
-        ValueError: A size, an activation, a bias shape, the format or its group is not possible.
+        ValueError: A size, an activation, a bias shape, the format or its group is not possible; or `descriptor` is
+            not the memory of such a store.
         MemoryError: The weights do not fit the address space.
+        RuntimeError: The system has no memory that can be shared.
     """
 
     def __init__(
@@ -80,6 +85,8 @@ class LayerStore:
         expert_format: str = "bf16",
         group_size: int | None = None,
         zero_point: bool = False,
+        shared: bool = False,
+        descriptor: int | None = None,
     ) -> None:
         _check_format(expert_format)
         self.num_experts = num_experts
@@ -97,7 +104,9 @@ class LayerStore:
             format=expert_format,
             group=_native_group(group_size),
             zero_point=zero_point,
-            nodes=engine_nodes(),
+            nodes=job_nodes() if shared else engine_nodes(),
+            shared=shared,
+            descriptor=-1 if descriptor is None else descriptor,
         )
         self.set_biases(gate_up_bias, down_bias)
 
@@ -186,6 +195,24 @@ class LayerStore:
             for matrix in self.matrices
             if not self.native.written(matrix, expert)
         ]
+
+    @property
+    def descriptor(self) -> int:
+        """The open file that a `shared` store's memory is, for another process to map; it lives with the store."""
+        return self.native.descriptor
+
+    @property
+    def error(self) -> tuple[float, float]:
+        """What storing did to the weights: the sums of (weight - stored weight)^2 and of weight^2."""
+        return self.native.error
+
+    def adopt(self, error: tuple[float, float]) -> None:
+        """Takes the memory of another process for filled.
+
+        Args:
+            error: That process's.
+        """
+        self.native.adopt(*error)
 
     def set_biases(self, gate_up_bias: Tensor | None, down_bias: Tensor | None) -> None:
         """Sets or clears the biases; shapes as in the constructor.

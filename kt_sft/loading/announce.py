@@ -14,19 +14,27 @@ from kt_sft.loading.memory import readable
 logger = logging.getLogger("kt_sft")
 
 
-def announce(config: KTConfig, plans: Sequence[ModulePlan], stores: Sequence[LayerStore]) -> None:
-    """Logs, on the first process of this machine, the tier, threads, layers, format and memory of the experts."""
+def announce(config: KTConfig, plans: Sequence[ModulePlan], stores: Sequence[LayerStore], sharers: int) -> None:
+    """Logs, on the first process of this machine, the tier, threads, layers, format and memory of the experts.
+
+    Args:
+        config: Settings.
+        plans: Of all layers.
+        stores: Theirs.
+        sharers: Processes that hold the stores' memory together.
+    """
     if local_rank_and_size()[0] != 0:
         return
     info = system_info(config.num_threads)
     experts = sum(plan.layout.num_experts for plan in plans)
     resident = sum({id(store): store.nbytes for store in stores}.values())
     logger.info(
-        "routed experts on the CPU: %d experts in %d layers, %s, %s resident; tier %s, %s threads",
+        "routed experts on the CPU: %d experts in %d layers, %s, %s resident%s; tier %s, %s threads",
         experts,
         len(plans),
         config.stored_format,
         readable(resident),
+        f" once for all {sharers} processes of this machine" if sharers > 1 else "",
         info["tier"],
         info["threads"],
     )

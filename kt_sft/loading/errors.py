@@ -11,3 +11,7 @@ class UnsupportedModelError(ValueError):
 
 class NotEnoughMemoryError(RuntimeError):
     """The experts do not fit in this machine's memory; the message names what is needed and what is there."""
+
+
+class SharedLoadError(RuntimeError):
+    """The process that loads the experts for all processes of this machine failed; the message says with what."""

@@ -23,8 +23,8 @@ def experts_bytes(layout: ExpertLayout, config: KTConfig) -> int:
     return layout.num_experts * ((2 if layout.gated else 1) * first + down)
 
 
-def require_bytes(need: int, what: str, processes: int = 1) -> None:
-    """Checks that `processes` processes of this machine, this one among them, can take `need` bytes each.
+def require_bytes(each: int, what: str, processes: int = 1, together: int = 0) -> None:
+    """Checks that `processes` processes of this machine, this one too, can take `each` bytes, and `together` once.
 
     The processes load at the same time, but none waits for another: when this one looks, some may have filled a part
     of their share already. That part is no longer available, and no longer needed either. Where the others cannot be
@@ -36,20 +36,26 @@ def require_bytes(need: int, what: str, processes: int = 1) -> None:
     have = available_bytes()
     if have is None:
         return
-    taken = _taken_by_others(need, processes - 1)
+    taken = _taken_by_others(each, processes - 1)
     if taken is None:
         processes, taken = 1, 0
-    if need * processes - taken > have:
-        raise not_enough(need, have, what, processes, taken)
+    if each * processes + together - taken > have:
+        raise not_enough(each, have, what, processes, taken, together)
 
 
-def not_enough(need: int, have: int | None, what: str, processes: int = 1, taken: int = 0) -> NotEnoughMemoryError:
+def not_enough(
+    each: int, have: int | None, what: str, processes: int = 1, taken: int = 0, together: int = 0
+) -> NotEnoughMemoryError:
     """The error that says so."""
-    copies = f" in each of {processes} processes ({readable(need * processes)} in all)" if processes > 1 else ""
+    need = readable(each if processes > 1 else each + together)
+    copies = ""
+    if processes > 1:
+        once = f" and {readable(together)} for all of them" if together else ""
+        copies = f" in each of {processes} processes{once} ({readable(each * processes + together)} in all)"
     loaded = f" and {readable(taken)} already loaded" if taken else ""
     there = "an unknown amount" if have is None else readable(have)
     return NotEnoughMemoryError(
-        f"not enough memory for {what}: {readable(need)} needed{copies}, {there} available{loaded}; "
+        f"not enough memory for {what}: {need} needed{copies}, {there} available{loaded}; "
         "free some, raise the memory limit of the container, start fewer processes or take a smaller model"
     )
 

@@ -27,9 +27,9 @@ from kt_sft.loading.layout import ExpertLayout, find_experts
 from kt_sft.loading.mapping import ModulePlan, block_of, feeds_experts, plan_experts
 from kt_sft.loading.memory import experts_bytes, not_enough, require_bytes
 from kt_sft.loading.merging import merge_saved, merged_changes
+from kt_sft.loading.processes import Loader, loader_for
 from kt_sft.loading.saving import check_target, state_with_experts
 from kt_sft.loading.sharing import publish_store, shared_store
-from kt_sft.loading.streaming import stream
 
 # Attributes that transformers itself keeps on a model; nn.Module's annotations know nothing of them.
 _CONVERSIONS, _QUANTIZER, _INITIALIZED = "_weight_conversions", "hf_quantizer", "_is_hf_initialized"
@@ -52,6 +52,7 @@ class KTQuantizer(HfQuantizer):
         self.pre_quantized = False  # the checkpoint's own dtypes apply to everything but the experts
         self._plans: list[ModulePlan] = []
         self._identity: tuple[tuple[str, int, int], ...] = ()
+        self._loader = Loader()
         self._model_class: type | None = None
 
     @property
@@ -105,9 +106,11 @@ class KTQuantizer(HfQuantizer):
         self._plans = plan_experts(model, layouts, checkpoint, conversions)
         self._identity = checkpoint.identity()
         self._model_class = type(model)
-        self._check_memory(model, device_map)
+        self._loader = loader_for([self._key(plan) for plan in self._plans if shared_store(self._key(plan)) is None])
         # This runs under torch.device("meta"): what the experts allocate must be real.
-        with torch.device("cpu"):
+        with torch.device("cpu"), self._loader.reporting():
+            if self._loader.checks_memory:
+                self._check_memory(model, device_map)
             for plan in self._plans:
                 model.set_submodule(plan.name, self._experts(plan))
                 _keep_from_initializing(model, plan.name)
@@ -119,13 +122,14 @@ class KTQuantizer(HfQuantizer):
             self.remove_quantization_config(model)
             announce_untouched(type(model).__name__)
             return model
-        check_finite(model, self._plans)
+        with self._loader.reporting():
+            check_finite(model, self._plans)
         stores = [(plan, _store_of(model, plan.name)) for plan in self._plans]
-        stream([(plan, store) for plan, store in stores if shared_store(self._key(plan)) is not store])
+        self._loader.fill([(plan, store) for plan, store in stores if shared_store(self._key(plan)) is not store])
         for plan, store in stores:
             publish_store(self._key(plan), store)
         self._look_unquantised(model)
-        announce(self._config, self._plans, [store for _, store in stores])
+        announce(self._config, self._plans, [store for _, store in stores], self._loader.sharers)
         return model
 
     def check_save_directory(
@@ -199,7 +203,7 @@ class KTQuantizer(HfQuantizer):
     def _store(self, plan: ModulePlan) -> LayerStore:
         layout, config = plan.layout, self._config
         try:
-            return shared_store(self._key(plan)) or LayerStore(
+            return shared_store(self._key(plan)) or self._loader.store(
                 num_experts=layout.num_experts,
                 hidden_size=layout.hidden_size,
                 intermediate_size=layout.intermediate_size,
@@ -211,14 +215,15 @@ class KTQuantizer(HfQuantizer):
             raise not_enough(experts_bytes(layout, config), available_bytes(), f"the experts of {plan.name}") from error
 
     def _check_memory(self, model: PreTrainedModel, device_map: Any) -> None:
-        """Checks, before anything is allocated, what every process of this machine needs for itself."""
+        """Checks, before anything is allocated, what the processes of this machine need, each and together."""
         plans = [plan for plan in self._plans if shared_store(self._key(plan)) is None]
-        need = sum(experts_bytes(plan.layout, self._config) for plan in plans)
+        experts, dense = sum(experts_bytes(plan.layout, self._config) for plan in plans), 0
         devices = device_map.values() if isinstance(device_map, dict) else ("cpu",)
         if any(torch.device(device).type == "cpu" for device in devices if device != "disk"):
-            experts = {id(value) for plan in self._plans for value in model.get_submodule(plan.name).parameters()}
-            need += sum(value.nbytes for value in model.parameters() if id(value) not in experts)
-        require_bytes(need, f"the experts of {len(plans)} layers", local_rank_and_size()[1])
+            taken = {id(value) for plan in self._plans for value in model.get_submodule(plan.name).parameters()}
+            dense = sum(value.nbytes for value in model.parameters() if id(value) not in taken)
+        each, together = (dense, experts) if self._loader.sharers > 1 else (dense + experts, 0)
+        require_bytes(each, f"the experts of {len(plans)} layers", local_rank_and_size()[1], together)
 
     def _look_unquantised(self, model: PreTrainedModel) -> None:
         if hasattr(model.config, "quantization_config"):

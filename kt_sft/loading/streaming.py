@@ -8,7 +8,6 @@ from typing import Any
 
 from transformers.utils import logging
 
-from kt_sft.config import local_rank_and_size
 from kt_sft.engine.cpus import usable_cpus
 from kt_sft.engine.store import LayerStore
 from kt_sft.loading.errors import CheckpointError
@@ -18,8 +17,12 @@ from kt_sft.loading.mapping import MatrixRead, ModulePlan, read_bias
 _MAX_READERS = 16
 
 
-def stream(work: Sequence[tuple[ModulePlan, LayerStore]]) -> None:
+def stream(work: Sequence[tuple[ModulePlan, LayerStore]], *, shown: bool = True) -> None:
     """Fills each store from its plan.
+
+    Args:
+        work: The plans and their stores.
+        shown: Whether there is a progress bar.
 
     Raises:
         CheckpointError: A value is NaN or Inf, a file ends early, or a matrix of a store was never filled.
@@ -30,9 +33,8 @@ def stream(work: Sequence[tuple[ModulePlan, LayerStore]]) -> None:
     jobs.sort(key=lambda job: (job[0].view.entry.path, job[0].view.offset))  # disks like to be read in order
     total = sum(_nbytes(read) for read, _, _ in jobs)
     readers = max(1, min(_MAX_READERS, 2 * len(usable_cpus()), len(jobs)))
-    hidden = local_rank_and_size()[0] != 0
     with (
-        logging.tqdm(total=total, unit="B", unit_scale=True, desc="Loading experts", disable=hidden) as progress,
+        logging.tqdm(total=total, unit="B", unit_scale=True, desc="Loading experts", disable=not shown) as progress,
         ThreadPoolExecutor(max_workers=readers, thread_name_prefix="kt_sft-reader") as pool,
     ):
         try:
@@ -43,7 +45,8 @@ def stream(work: Sequence[tuple[ModulePlan, LayerStore]]) -> None:
             pool.shutdown(cancel_futures=True)
             raise
     for plan, store in work:
-        _finish(plan, store)
+        set_biases(plan, store)
+        _check_complete(plan, store)
 
 
 def _nbytes(read: MatrixRead) -> int:
@@ -68,11 +71,19 @@ def _read(read: MatrixRead, store: LayerStore, plan: ModulePlan, progress: Any) 
     progress.update(_nbytes(read))
 
 
-def _finish(plan: ModulePlan, store: LayerStore) -> None:
+def set_biases(plan: ModulePlan, store: LayerStore) -> None:
+    """Gives a store the biases of its plan, if there are any.
+
+    Raises:
+        CheckpointError: One holds a NaN or Inf, or cannot be read.
+    """
     if plan.gate_up_bias is not None and plan.down_bias is not None:
         store.set_biases(
             read_bias(plan.gate_up_bias, plan.layout, first=True), read_bias(plan.down_bias, plan.layout, first=False)
         )
+
+
+def _check_complete(plan: ModulePlan, store: LayerStore) -> None:
     missing = store.missing()
     if missing:
         matrix, expert = missing[0]

@@ -121,21 +121,60 @@ def test_other_stages(
     assert "routed experts on the CPU" in result.stdout
 
 
+# One rank of a run that torchrun starts; when it is trained, it writes down what pages of the experts it has.
+RANK = """
+import json, os, sys, yaml
+import torch.distributed
+from llamafactory.train.tuner import run_exp
+from transformers import TrainerCallback
+from kt_sft.engine.engine import get_engine
+from tests.pages import shared_experts
+
+class Pages(TrainerCallback):
+    def on_train_end(self, *_, **__):
+        torch.distributed.barrier()  # all have read theirs, and still have them
+        facts = {"tier": get_engine().tier, "pages": shared_experts()}
+        open(f"{sys.argv[2]}/rank{os.environ['RANK']}.json", "w").write(json.dumps(facts))
+        torch.distributed.barrier()
+
+run_exp(yaml.safe_load(open(sys.argv[1])), [Pages()])
+"""
+
+
 def test_two_processes_under_torchrun(write_recipe: Callable[..., Path], tmp_path: Path) -> None:
+    """Losses are stock's, and the processes have one copy of the experts: the same pages, whole."""
+    recipe = write_recipe(max_steps=2, ddp_backend="gloo")
     # LLaMA-Factory hands torchrun a free port where MASTER_PORT is not set.
     environment = {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "2"}
-    losses = {}
-    for block in ({}, None):
-        recipe = write_recipe(kt_sft=block, max_steps=2, ddp_backend="gloo")
-        result = run_command(["llamafactory-cli", "train", str(recipe)], environment=environment)
+    stock = run_command(["llamafactory-cli", "train", str(recipe)], environment=environment)
+    assert stock.returncode == 0, stock.stdout
+    assert "routed experts on the CPU" not in stock.stdout
+    stock_losses = train_losses(tmp_path / "out")
 
-        assert result.returncode == 0, result.stdout
-        assert "world size: 2" in result.stdout
-        # Said once, not by every process.
-        assert result.stdout.count("routed experts on the CPU") == (block is not None)
-        losses[block is not None] = train_losses(tmp_path / "out")
+    recipe = write_recipe(**KT_SFT, max_steps=2, ddp_backend="gloo")
+    script = tmp_path / "rank.py"
+    script.write_text(RANK)
+    launch = ["torchrun", "--standalone", "--nproc_per_node", "2", str(script), str(recipe), str(tmp_path)]
+    result = run_command(launch, environment={"PYTHONPATH": str(Path(__file__).parents[2])})
 
-    assert_as_stock(losses[True], losses[False])
+    assert result.returncode == 0, result.stdout
+    assert "world size: 2" in result.stdout
+    # Said once, not by every process.
+    said = "routed experts on the CPU: 16 experts in 2 layers, bf16, 72.0 KiB resident once for all 2 processes"
+    assert result.stdout.count(said) == result.stdout.count("routed experts on the CPU") == 1
+    assert_as_stock(train_losses(tmp_path / "out"), stock_losses)
+    ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
+    assert ranks[0]["tier"] == ranks[1]["tier"]
+    assert len(ranks[0]["pages"]) == 2  # layers
+    assert ranks[0]["pages"].keys() == ranks[1]["pages"].keys()
+    for rank in ranks:
+        rss, pss, private = (
+            sum(fields[name] for fields in rank["pages"].values()) for name in ("Rss", "Pss", "Private_Dirty")
+        )
+        # Of a page that both have read, each has half; Pss is rounded down to KiB in each mapping.
+        assert rss == 72
+        assert rss / 2 - 2 <= pss <= rss / 2
+        assert private == 0
 
 
 def test_accelerate_launch(trained: tuple[Path, str], write_recipe: Callable[..., Path], tmp_path: Path) -> None:

@@ -134,11 +134,11 @@ class TestDamage:
         path = checkpoint / "model.safetensors"
         real = streaming.stream
 
-        def cut_then_stream(work: Any) -> None:
+        def cut_then_stream(work: Any, **settings: Any) -> None:
             path.write_bytes(path.read_bytes()[:20000])
-            real(work)
+            real(work, **settings)
 
-        monkeypatch.setattr("kt_sft.loading.quantizer.stream", cut_then_stream)
+        monkeypatch.setattr("kt_sft.loading.processes.stream", cut_then_stream)
         with pytest.raises(CheckpointError, match=r"model\.safetensors: tensor model\.layers"):
             load(checkpoint)
 
@@ -155,7 +155,7 @@ class TestDamage:
         self, tiny_moe: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(memory, "available_bytes", lambda: 1000)
-        monkeypatch.setattr("kt_sft.loading.quantizer.LayerStore", lambda **_: pytest.fail("a store was allocated"))
+        monkeypatch.setattr("kt_sft.loading.processes.LayerStore", lambda **_: pytest.fail("a store was allocated"))
         with pytest.raises(NotEnoughMemoryError, match=r"the experts of 2 layers: .* KiB needed, 1000 bytes available"):
             load(tiny_moe)
 
@@ -163,7 +163,7 @@ class TestDamage:
         def refuse(**_: Any) -> None:
             raise MemoryError("std::bad_alloc")
 
-        monkeypatch.setattr("kt_sft.loading.quantizer.LayerStore", refuse)
+        monkeypatch.setattr("kt_sft.loading.processes.LayerStore", refuse)
         monkeypatch.setattr("kt_sft.loading.quantizer.available_bytes", lambda: 5 << 20)
         # 8 experts of three BF16 matrices of 24 x 32 take 36 KiB.
         with pytest.raises(
@@ -173,7 +173,7 @@ class TestDamage:
             load(tiny_moe)
 
     def test_what_is_checked_is_what_is_taken(self, tiny_moe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        asked: list[tuple[int, str, int]] = []
+        asked: list[tuple[int, str, int, int]] = []
         monkeypatch.setattr("kt_sft.loading.quantizer.shared_store", lambda _: None)
         monkeypatch.setattr("kt_sft.loading.quantizer.require_bytes", lambda *what: asked.append(what))
         monkeypatch.setenv("LOCAL_RANK", "1")
@@ -181,7 +181,8 @@ class TestDamage:
         model = load(tiny_moe)
         dense = sum(parameter.nbytes for parameter in model.parameters())
         taken = sum(store.nbytes for store in stores(model))
-        assert asked == [(taken + dense, "the experts of 2 layers", 3)]
+        # Each its own copy: without MASTER_PORT the processes cannot find each other.
+        assert asked == [(taken + dense, "the experts of 2 layers", 3, 0)]
 
     @pytest.mark.parametrize(
         "quantization",

@@ -98,6 +98,15 @@ class TestProcesses:
         with pytest.raises(NotEnoughMemoryError, match=r"4\.0 GiB needed in each of 3 processes \(12\.0 GiB in all\)"):
             self.require(12 * GIB - sum(loaded) - 1)
 
+    def test_what_they_hold_together_counts_once(self) -> None:
+        self.runs(10_000_000, loaded=GIB)
+        self.runs(10_000_001, loaded=0)
+        self.monkeypatch.setattr(loading_memory, "available_bytes", lambda: 8 * GIB)
+        loading_memory.require_bytes(GIB, "the experts", processes=3, together=6 * GIB)
+        said = r"1\.0 GiB needed in each of 3 processes and 7\.0 GiB for all of them \(10\.0 GiB in all\), 8\.0 GiB"
+        with pytest.raises(NotEnoughMemoryError, match=said):
+            loading_memory.require_bytes(GIB, "the experts", processes=3, together=7 * GIB)
+
     def test_no_more_than_a_share_counts_as_loaded(self) -> None:
         self.runs(10_000_000, loaded=50 * GIB)
         self.runs(10_000_001, loaded=0)

@@ -1,0 +1,266 @@
+"""How the processes of one job on one machine come to have something in common, once.
+
+Whichever asks first makes it, the others get it from there: a socket's name can be taken by one process alone. It is a
+name of Linux's abstract namespace, which is no file: it goes with the process that took it, however that ends. Nobody
+has to wait for all the others to ask, so it does not matter which of them need the thing, or when.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import socket
+import struct
+import threading
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from kt_sft.config import local_job
+
+#: Seconds in which a process of this machine answers, if it runs at all.
+PATIENCE = 300.0
+_RETRY = 0.01
+#: The kernel passes 253 descriptors with a message; and a message should fit a socket's buffer.
+_MOST_DESCRIPTORS = 64
+_MOST_BYTES = 1 << 16
+_GREETING = "kt_sft"
+
+# Of this process, for a forked child to close: a socket that a child keeps open looks alive when its owner is dead.
+_sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+_agreements: dict[str, tuple[Offer, Any]] = {}
+_lock = threading.Lock()
+
+
+class LostPeerError(RuntimeError):
+    """The process that makes what this one waits for has ended."""
+
+
+class Offer:
+    """What this process makes for the others: messages, which each of them gets all of, in order, whenever it asks."""
+
+    def __init__(self, listener: socket.socket) -> None:
+        self._listener = listener
+        self._messages: list[tuple[bytes, list[int]]] = []
+        self._sent: dict[socket.socket, int] = {}  # to each of the others
+        self._changed = threading.Condition()
+        self._closed = False
+        self.send(_GREETING)
+        threading.Thread(target=self._accept, name="kt_sft-offer", daemon=True).start()
+
+    def send(self, message: Any, descriptors: Sequence[int] = ()) -> None:
+        """Adds a message.
+
+        Args:
+            message: Anything JSON can say in 64 KiB.
+            descriptors: Open files to go with it, at most 64; they are duplicated and stay the caller's.
+        """
+        data = json.dumps(message).encode()
+        assert len(data) <= _MOST_BYTES
+        assert len(descriptors) <= _MOST_DESCRIPTORS
+        with self._changed:
+            if not self._closed:
+                self._messages.append((data, [os.dup(descriptor) for descriptor in descriptors]))
+            self._changed.notify_all()
+
+    def flush(self, seconds: float) -> None:
+        """Waits until all who have asked got all messages, but no longer than that: one of them may be stopped."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: all(sent == len(self._messages) for sent in self._sent.values()), timeout=seconds
+            )
+
+    def close(self) -> None:
+        """Withdraws it: who asks now makes it anew. What others have got stays theirs."""
+        with self._changed:
+            if self._closed:
+                return
+            self._closed = True
+            self._changed.notify_all()
+            with contextlib.suppress(OSError):
+                self._listener.shutdown(socket.SHUT_RDWR)  # wakes accept, which closing would not
+            self._listener.close()
+            for descriptor in [descriptor for _, descriptors in self._messages for descriptor in descriptors]:
+                os.close(descriptor)
+            self._messages.clear()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                peer, _ = self._listener.accept()
+            except OSError:  # closed
+                return
+            _sockets.add(peer)
+            with self._changed:
+                self._sent[peer] = 0
+            threading.Thread(target=self._serve, args=(peer,), name="kt_sft-offer", daemon=True).start()
+
+    def _serve(self, peer: socket.socket) -> None:
+        with peer, contextlib.suppress(OSError):  # it may go at any time
+            while _owner(peer) == os.geteuid() and (message := self._next(peer)) is not None:
+                data, descriptors = message
+                try:
+                    socket.send_fds(peer, [data], descriptors)
+                finally:
+                    for descriptor in descriptors:
+                        os.close(descriptor)
+                with self._changed:
+                    self._sent[peer] += 1
+                    self._changed.notify_all()
+        with self._changed:
+            del self._sent[peer]
+            self._changed.notify_all()
+
+    def _next(self, peer: socket.socket) -> tuple[bytes, list[int]] | None:
+        """The message that `peer` has not got yet, once there is one; None when all is withdrawn."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or len(self._messages) > self._sent[peer])
+            if self._closed:
+                return None
+            data, descriptors = self._messages[self._sent[peer]]
+            return data, [os.dup(descriptor) for descriptor in descriptors]  # they are open under the lock only
+
+
+class Following:
+    """What another process of the job makes; to be closed when there is nothing more to get."""
+
+    def __init__(self, peer: socket.socket) -> None:
+        self._peer = peer
+
+    def receive(self) -> tuple[Any, list[int]]:
+        """The next message and its descriptors, which are the caller's to close; waits for it.
+
+        Raises:
+            LostPeerError: There will be none: the other process has ended, or withdrew what it made.
+        """
+        try:
+            data, descriptors, _, _ = socket.recv_fds(
+                self._peer, _MOST_BYTES, _MOST_DESCRIPTORS, socket.MSG_CMSG_CLOEXEC
+            )
+        except ConnectionError:
+            data, descriptors = b"", []
+        if not data:
+            raise LostPeerError("the process of this job that was making it for all has ended")
+        return json.loads(data), descriptors
+
+    def close(self) -> None:
+        """Takes no more messages."""
+        self._peer.close()
+
+
+def join(subject: str) -> Offer | Following | None:
+    """Decides whether this process makes `subject` for all processes of its job on this machine.
+
+    Returns:
+        An Offer: it does, and sends it there. A Following: another one does. None: there are no others, or no way to
+        find them.
+
+    Raises:
+        RuntimeError: The process that has it does not answer, or belongs to another user.
+    """
+    job = local_job()
+    if job is None:
+        return None
+    name = hashlib.sha256(json.dumps([os.geteuid(), job, subject]).encode()).hexdigest()
+    address = f"\0kt_sft-{name[:40]}"
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        joined = _bind(address) or _connect(address, deadline)
+        if joined is not None:
+            return joined
+        if time.monotonic() > deadline:
+            raise RuntimeError(
+                f"kt_sft: another process of this job took over {subject!r} for all of this machine and does not "
+                "answer; see whether it is stopped, and start the job anew"
+            )
+        time.sleep(_RETRY)
+
+
+def agree(subject: str, decide: Callable[[], Any]) -> Any:
+    """What `decide` gives in one process of the job on this machine: the first to ask; the same in all of them.
+
+    Args:
+        subject: What it is about.
+        decide: Gives anything JSON can say.
+    """
+    with _lock:
+        if subject in _agreements:
+            return _agreements[subject][1]
+        while True:
+            joined = join(subject)
+            if joined is None:
+                return decide()
+            if isinstance(joined, Offer):
+                try:
+                    decision = decide()
+                except BaseException:
+                    joined.close()
+                    raise
+                joined.send(decision)
+                _agreements[subject] = (joined, decision)
+                return decision
+            try:
+                return joined.receive()[0]
+            except LostPeerError:
+                continue  # without having decided
+            finally:
+                joined.close()
+
+
+def _socket() -> socket.socket:
+    made = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    _sockets.add(made)
+    return made
+
+
+def _bind(address: str) -> Offer | None:
+    listener = _socket()
+    try:
+        listener.bind(address)
+    except OSError:  # somebody has it
+        listener.close()
+        return None
+    listener.listen(128)
+    return Offer(listener)
+
+
+def _connect(address: str, deadline: float) -> Following | None:
+    """None where the process that has the name does not listen yet, or no longer."""
+    peer = _socket()
+    try:
+        peer.settimeout(max(0.1, deadline - time.monotonic()))
+        peer.connect(address)
+        if _owner(peer) != os.geteuid():
+            raise RuntimeError("kt_sft: a process of another user answers instead of one of this job")
+        greeted = peer.recv(_MOST_BYTES) == json.dumps(_GREETING).encode()
+        peer.settimeout(None)
+    except OSError:
+        greeted = False
+    except BaseException:
+        peer.close()
+        raise
+    if greeted:
+        return Following(peer)
+    peer.close()
+    return None
+
+
+def _owner(peer: socket.socket) -> int:
+    """The user of the process at the other end."""
+    credentials = struct.Struct("3i")  # process, user, group
+    return credentials.unpack(peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, credentials.size))[1]
+
+
+def _forget() -> None:
+    global _lock
+    _lock = threading.Lock()
+    _agreements.clear()
+    for open_socket in [*_sockets]:
+        open_socket.close()
+    _sockets.clear()
+
+
+os.register_at_fork(after_in_child=_forget)

@@ -1,0 +1,158 @@
+"""One copy of the experts for all processes of a job on one machine: one of them fills it, the others read it."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import weakref
+from collections.abc import Hashable, Iterator, Sequence
+from typing import Any
+
+from kt_sft.config import local_rank_and_size
+from kt_sft.engine.job import Following, LostPeerError, Offer, join
+from kt_sft.engine.store import LayerStore
+from kt_sft.loading.errors import SharedLoadError
+from kt_sft.loading.mapping import ModulePlan
+from kt_sft.loading.streaming import set_biases, stream
+
+logger = logging.getLogger("kt_sft")
+
+Work = Sequence[tuple[ModulePlan, LayerStore]]
+
+#: Seconds in which the others should have heard of a failure, so that this process can end.
+_FAREWELL = 5.0
+
+
+class Loader:
+    """Makes stores and fills them, for this process alone."""
+
+    #: Processes of this machine that hold the stores' memory together.
+    sharers = 1
+    #: Whether this process is the one to see that there is enough memory.
+    checks_memory = True
+
+    def store(self, **options: Any) -> LayerStore:
+        """A store, not yet filled; `options` as LayerStore's."""
+        return LayerStore(**options)
+
+    def fill(self, work: Work) -> None:
+        """Fills all stores that this made, in the same order.
+
+        Raises:
+            CheckpointError: As `stream`.
+            SharedLoadError: The process that was to fill them failed.
+        """
+        stream(work, shown=local_rank_and_size()[0] == 0)
+
+    @contextlib.contextmanager
+    def reporting(self) -> Iterator[None]:
+        """What fails inside is said to the processes that wait for this one."""
+        yield
+
+
+class Filler(Loader):
+    """Fills stores whose memory all processes of this machine have."""
+
+    def __init__(self, offer: Offer) -> None:
+        self._offer = offer
+        self._living = 0
+        self.sharers = local_rank_and_size()[1]
+
+    def store(self, **options: Any) -> LayerStore:
+        """As Loader's."""
+        store = LayerStore(**options, shared=True)
+        self._offer.send(None, [store.descriptor])
+        # The offer keeps the memory as well, for those who come later; it must not outlive the model.
+        self._living += 1
+        weakref.finalize(store, self._release).atexit = False
+        return store
+
+    def fill(self, work: Work) -> None:
+        """As Loader's."""
+        with self.reporting():
+            stream(work)
+        self._offer.send({"errors": [store.error for _, store in work]})
+
+    @contextlib.contextmanager
+    def reporting(self) -> Iterator[None]:
+        """As Loader's."""
+        try:
+            yield
+        except BaseException as error:
+            self._offer.send({"failure": f"{type(error).__name__}: {error}"[:8192]})
+            self._offer.flush(_FAREWELL)
+            self._offer.close()  # who asks only now may try for itself
+            raise
+
+    def _release(self) -> None:
+        self._living -= 1
+        if self._living == 0:
+            self._offer.close()
+
+
+class Reader(Loader):
+    """Maps stores that another process fills."""
+
+    checks_memory = False  # the other did, for all
+
+    def __init__(self, following: Following) -> None:
+        self._following = following
+        self.sharers = local_rank_and_size()[1]
+
+    def store(self, **options: Any) -> LayerStore:
+        """As Loader's."""
+        _, descriptors = self._receive()
+        try:
+            return LayerStore(**options, descriptor=descriptors[0])
+        finally:
+            for descriptor in descriptors:
+                os.close(descriptor)
+
+    def fill(self, work: Work) -> None:
+        """As Loader's: waits until it is done."""
+        message, _ = self._receive()
+        self._following.close()
+        for (plan, store), error in zip(work, message["errors"], strict=True):
+            store.adopt(error)
+            set_biases(plan, store)
+
+    def _receive(self) -> tuple[Any, list[int]]:
+        try:
+            message, descriptors = self._following.receive()
+        except LostPeerError as error:
+            raise SharedLoadError(
+                "kt_sft: the process that was loading the experts for all processes of this machine has ended; its "
+                "own output says why"
+            ) from error
+        if message is not None and "failure" in message:
+            raise SharedLoadError(
+                "kt_sft: the process that was loading the experts for all processes of this machine failed with "
+                f"{message['failure']}"
+            )
+        return message, descriptors
+
+
+def loader_for(keys: Sequence[Hashable]) -> Loader:
+    """Who fills stores: the first process of the job, on this machine, that asks for these.
+
+    Args:
+        keys: What tells the stores' content from others', in the order in which they will be made.
+
+    Raises:
+        RuntimeError: A process of this job does not answer.
+    """
+    if not keys or local_rank_and_size()[1] == 1:
+        return Loader()
+    joined = join(f"experts {hashlib.sha256(repr(keys).encode()).hexdigest()}")
+    if isinstance(joined, Offer):
+        return Filler(joined)
+    if isinstance(joined, Following):
+        return Reader(joined)
+    if local_rank_and_size()[0] == 0:
+        logger.warning(
+            "the launcher started several processes but set no MASTER_PORT, so they cannot find each other: each loads "
+            "its own copy of the experts; start them with torchrun to hold one"
+        )
+    return Loader()
