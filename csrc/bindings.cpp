@@ -194,6 +194,7 @@ void BindLayer(py::module_& m) {
            py::arg("shared"), py::arg("descriptor"))
       .def_property_readonly("nbytes", &ExpertLayer::bytes)
       .def_property_readonly("descriptor", &ExpertLayer::descriptor)
+      .def("take_huge_pages", &ExpertLayer::TakeHugePages, py::call_guard<py::gil_scoped_release>())
       .def(
           "adopt",
           [](ExpertLayer& layer, double squared_error, double squared_values) {

@@ -133,6 +133,14 @@ bool Block::PlaceOnNodes([[maybe_unused]] const std::vector<int>& nodes) const {
 #endif
 }
 
+void Block::TakeHugePages() const {
+  constexpr int kCollapse = 25;  // MADV_COLLAPSE, which older headers lack
+  if (size_ < kHugePage) return;
+  // There must be something to collapse, and it says on which node.
+  for (size_t at = 0; at < size_; at += kHugePage) static_cast<volatile uint8_t*>(data_)[at] = 0;
+  madvise(data_, size_, kCollapse);  // small pages work too
+}
+
 Block BlockPool::Take(size_t bytes) {
   {
     const std::lock_guard<std::mutex> lock(mutex_);

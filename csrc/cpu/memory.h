@@ -40,6 +40,11 @@ class Block {
   // container that may not say or not use a node, does not, and then pages lie where they are first touched.
   bool PlaceOnNodes(const std::vector<int>& nodes) const;
 
+  // Takes the memory of a Shared block, in huge pages where the system has them, which must not be in use yet. Most
+  // systems give shared memory no huge pages by themselves (/sys/kernel/mm/transparent_hugepage/shmem_enabled), but do
+  // when asked like this: since Linux 6.1.
+  void TakeHugePages() const;
+
  private:
   uint8_t* data_ = nullptr;
   size_t size_ = 0;

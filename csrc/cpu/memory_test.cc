@@ -50,6 +50,17 @@ TEST(SharedBlocksAreTheSameMemory) {
   }
 }
 
+TEST(HugePagesForSharedBlocksChangeNothing) {
+  for (const size_t bytes : {size_t{5000}, size_t{5} << 20}) {
+    const Block block = Block::Shared(bytes), mapped = Block::MapShared(block.descriptor(), bytes);
+    block.PlaceOnNodes({0});
+    block.TakeHugePages();
+    for (size_t i = 0; i < block.size(); ++i) CHECK(mapped.data()[i] == 0);
+    std::memset(block.data(), 7, block.size());
+    for (size_t i = 0; i < block.size(); ++i) CHECK(mapped.data()[i] == 7);
+  }
+}
+
 TEST(WhatCouldShrinkUnderItsReadersIsNotMapped) {
   const Block block = Block::Shared(5000);
   CHECK(ftruncate(block.descriptor(), 4096) != 0);

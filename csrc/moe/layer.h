@@ -48,6 +48,8 @@ class ExpertLayer {
 
   // For memory that another process filled, all of it: takes its word for what storing did.
   void Adopt(const QuantisationError& error);
+  // Takes all memory now, in huge pages: for memory that other processes can map, before anything is stored.
+  void TakeHugePages() { block_.TakeHugePages(); }
   // Of memory that other processes can map; else -1.
   int descriptor() const { return block_.descriptor(); }
 

@@ -206,6 +206,13 @@ class LayerStore:
         """What storing did to the weights: the sums of (weight - stored weight)^2 and of weight^2."""
         return self.native.error
 
+    def take_huge_pages(self) -> None:
+        """Takes the memory of a `shared` store now, before anything is stored, in huge pages where the system has them.
+
+        Runs without the GIL.
+        """
+        self.native.take_huge_pages()
+
     def adopt(self, error: tuple[float, float]) -> None:
         """Takes the memory of another process for filled.
 

@@ -8,9 +8,11 @@ import logging
 import os
 import weakref
 from collections.abc import Hashable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from kt_sft.config import local_rank_and_size
+from kt_sft.engine.cpus import usable_cpus
 from kt_sft.engine.job import Following, LostPeerError, Offer, join
 from kt_sft.engine.store import LayerStore
 from kt_sft.loading.errors import SharedLoadError
@@ -72,6 +74,8 @@ class Filler(Loader):
     def fill(self, work: Work) -> None:
         """As Loader's."""
         with self.reporting():
+            with ThreadPoolExecutor(len(usable_cpus()), "kt_sft-pages") as pool:
+                list(pool.map(lambda item: item[1].take_huge_pages(), work))
             stream(work)
         self._offer.send({"errors": [store.error for _, store in work]})
 
