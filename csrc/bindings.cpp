@@ -134,6 +134,7 @@ py::array_t<uint16_t> TakeBf16(const Engine& engine, int64_t rows, int64_t colum
 LayerCall MakeCall(const ExpertLayer& layer, int64_t tokens, int64_t slots, const std::string& dtype, uintptr_t hidden,
                    uintptr_t experts, uintptr_t weights, uintptr_t retained, int64_t scratch_bytes,
                    const std::string& compute) {
+  layer.CheckFiles();
   LayerCall call;
   call.compute = ComputeFromName(compute);
   call.layer = &layer;
@@ -173,10 +174,12 @@ LoraGradients MakeLoraGradients(const std::optional<LoraGradientAddresses>& give
 }
 
 void BindLayer(py::module_& m) {
+  py::class_<FileMapping, std::shared_ptr<FileMapping>>(m, "FileMapping").def(py::init<const std::string&>());
+
   py::class_<ExpertLayer>(m, "ExpertLayer")
       .def(py::init([](int64_t experts, int64_t hidden, int64_t intermediate, const std::string& activation, bool gated,
                        const std::string& format, int64_t group, bool zero_point, const std::vector<int>& nodes,
-                       bool shared, int descriptor) {
+                       bool shared, int descriptor, bool mapped) {
              const LayerShape shape{experts,      hidden,
                                     intermediate, ActivationFromName(activation),
                                     gated,        FormatFromName(format.c_str()),
@@ -184,6 +187,7 @@ void BindLayer(py::module_& m) {
              if (descriptor >= 0)
                return std::make_unique<ExpertLayer>(shape,
                                                     [&](size_t bytes) { return Block::MapShared(descriptor, bytes); });
+             if (mapped) return std::make_unique<ExpertLayer>(shape, &ExpertLayer::Nothing);
              auto layer = std::make_unique<ExpertLayer>(
                  shape, [&](size_t bytes) { return shared ? Block::Shared(bytes) : Block(bytes); });
              layer->PlaceOnNodes(nodes);
@@ -191,7 +195,7 @@ void BindLayer(py::module_& m) {
            }),
            py::kw_only(), py::arg("experts"), py::arg("hidden"), py::arg("intermediate"), py::arg("activation"),
            py::arg("gated"), py::arg("format"), py::arg("group"), py::arg("zero_point"), py::arg("nodes"),
-           py::arg("shared"), py::arg("descriptor"))
+           py::arg("shared"), py::arg("descriptor"), py::arg("mapped"))
       .def_property_readonly("nbytes", &ExpertLayer::bytes)
       .def_property_readonly("descriptor", &ExpertLayer::descriptor)
       .def("take_huge_pages", &ExpertLayer::TakeHugePages, py::call_guard<py::gil_scoped_release>())
@@ -228,6 +232,13 @@ void BindLayer(py::module_& m) {
           },
           py::arg("matrix"), py::arg("expert"), py::arg("path"), py::arg("offset"), py::arg("dtype"),
           py::arg("row_stride"), py::arg("column_stride"))
+      .def(
+          "map",
+          [](ExpertLayer& layer, const std::string& matrix, int64_t expert, const std::shared_ptr<FileMapping>& file,
+             int64_t offset,
+             int64_t row_stride) { layer.Map(MatrixFromName(matrix), expert, file, offset, row_stride); },
+          py::arg("matrix"), py::arg("expert"), py::arg("file"), py::arg("offset"), py::arg("row_stride"))
+      .def("read_ahead", &ExpertLayer::ReadAhead, py::call_guard<py::gil_scoped_release>())
       .def("written", [](const ExpertLayer& layer, const std::string& matrix,
                          int64_t expert) { return layer.written(MatrixFromName(matrix), expert); })
       .def("dequantize",

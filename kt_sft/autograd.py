@@ -99,6 +99,7 @@ class Submit(torch.autograd.Function):
         ctx.weights_device, ctx.weights_dtype = top_k_weights.device, top_k_weights.dtype
         ctx.adapters = [(tensor.device, tensor.dtype) for tensor in adapters]
         tokens, slots = tensors.idx_TK.shape
+        link.experts.store.expect(tokens * slots, forward=True)
         link.ticket = link.experts.engine.submit_forward(
             **link.settings(),
             tokens=tokens,
@@ -162,6 +163,7 @@ class Await(torch.autograd.Function):
         dw_TK = torch.empty_like(w_TK) if wanted.w else None
         adapter_grads = link.operands.new_gradients() if wanted.adapters else None
         tokens, slots = idx_TK.shape
+        link.experts.store.expect(tokens * slots, forward=False)
         ticket = link.experts.engine.submit_backward(
             **link.settings(),
             tokens=tokens,

@@ -34,6 +34,7 @@ COMPUTE_TYPES = ("bf16", "int8")
 #: The formats that compute "int8" multiplies.
 INTEGER_FORMATS = ("int8", "int4")
 ACTIVATION_POLICIES = ("retain", "recompute")
+STORES = ("auto", "resident", "mapped")
 
 
 class ConfigError(ValueError):
@@ -53,6 +54,10 @@ class KTConfig(QuantizationConfigMixin):
         compute: What the forward products multiply: "bf16", or "int8" for int8 and int4 experts. The latter rounds
             tokens to 8 bits, with a scale for each token and group of at most 256 columns: faster, but rounded.
             Few tokens for an expert, which wait for memory anyway, and backward are computed as with "bf16".
+        store: Where a checkpoint's experts are kept: "resident", in memory of their own; "mapped", in the checkpoint's
+            files, of which the system keeps in memory what there is room for; "auto", resident where they fit the
+            memory that is available, and mapped otherwise. Mapped are BF16 rows as they are; their values are not
+            checked, and the files must stay as they are.
         num_threads: Engine threads. None: the CPUs this process may use, divided among the processes of this machine.
         activation_policy: "retain" keeps the experts' gate and up activations for backward (2·S·I·2 bytes a layer,
             S routed rows, I expert intermediate size), "recompute" computes them again there.
@@ -68,6 +73,7 @@ class KTConfig(QuantizationConfigMixin):
     group_size: int | None = None
     zero_point: bool = False
     compute: str = "bf16"
+    store: str = "auto"
     num_threads: int | None = None
     activation_policy: str = "retain"
     lora_experts: bool = False
@@ -77,6 +83,7 @@ class KTConfig(QuantizationConfigMixin):
     def __post_init__(self) -> None:
         self._check_choice("expert_format", EXPERT_FORMATS)
         self._check_choice("compute", COMPUTE_TYPES)
+        self._check_choice("store", STORES)
         self._check_choice("activation_policy", ACTIVATION_POLICIES)
         self._check_flag("zero_point")
         self._check_flag("lora_experts")
@@ -151,6 +158,11 @@ class KTConfig(QuantizationConfigMixin):
                 f"kt_sft: zero_point applies to expert_format int4 only; leave it out for {self.stored_format} experts"
             )
         self._check_group()
+        if self.store == "mapped" and self.stored_format != "bf16":
+            raise ConfigError(
+                f"kt_sft: store 'mapped' reads a BF16 checkpoint's own rows, so it cannot keep {self.stored_format} "
+                "experts; leave expert_format out, or set store: resident"
+            )
         if self.lora_experts and self.compute == "int8":
             raise ConfigError(
                 "kt_sft: lora_experts cannot be combined with compute 'int8', which rounds what adapters multiply; set "

@@ -75,10 +75,12 @@ class CpuExperts(nn.Module):
             down_bias: [E, H].
 
         Raises:
-            ValueError: Shapes do not fit each other, or a value is not finite.
+            ValueError: Shapes do not fit each other, a value is not finite, or `config` asks for mapped weights.
             TypeError: A dtype is not supported.
         """
         config = config or KTConfig()
+        if config.store == "mapped":
+            raise ValueError("kt_sft: store 'mapped' is for checkpoints; weights in memory are copied, so leave it out")
         experts, hidden, intermediate = _check_shapes(gate_up_proj, down_proj)
         gated = gate_up_proj.shape[1] == 2 * intermediate
         store = LayerStore(

@@ -9,6 +9,7 @@
 #include <cstring>
 #include <new>
 #include <stdexcept>
+#include <utility>
 
 namespace kt {
 namespace {
@@ -78,6 +79,7 @@ ExpertLayer::ExpertLayer(const LayerShape& shape, const Allocate& allocate)
   if (shape.experts > (int64_t{1} << 57) / (shape.hidden * shape.intermediate)) throw std::bad_alloc();
   const int64_t expert_bytes = (shape.gated ? 2 : 1) * MatrixBytes(Matrix::kUp) + MatrixBytes(Matrix::kDown);
   block_ = allocate(static_cast<size_t>(shape.experts * expert_bytes));
+  if (block_.size() == 0) mapped_.resize(static_cast<size_t>(kMatrixCount * shape.experts));
   written_ = std::make_unique<std::atomic<uint8_t>[]>(static_cast<size_t>(kMatrixCount * shape.experts));
 }
 
@@ -104,6 +106,7 @@ uint8_t* ExpertLayer::Base(Matrix matrix, int64_t expert) const {
 }
 
 uint8_t* ExpertLayer::WritableBase(Matrix matrix, int64_t expert) const {
+  if (!mapped_.empty()) throw std::logic_error("these experts are mapped from files, and read only");
   if (!block_.writable()) throw std::logic_error("these experts are another process's, and read only");
   return Base(matrix, expert);
 }
@@ -117,7 +120,51 @@ void ExpertLayer::Adopt(const QuantisationError& error) {
 }
 
 MatrixView ExpertLayer::view(Matrix matrix, int64_t expert) const {
+  if (!mapped_.empty()) return mapped_[Index(matrix, expert)];
   return storage_.view(Base(matrix, expert), rows(matrix), columns(matrix));
+}
+
+size_t ExpertLayer::bytes() const {
+  if (mapped_.empty()) return block_.size();
+  const auto of = [&](Matrix matrix) { return storage_.bytes(rows(matrix), columns(matrix)); };
+  return static_cast<size_t>(shape_.experts * ((shape_.gated ? 2 : 1) * of(Matrix::kUp) + of(Matrix::kDown)));
+}
+
+void ExpertLayer::Map(Matrix matrix, int64_t expert, std::shared_ptr<const FileMapping> file, int64_t offset,
+                      int64_t row_stride) {
+  const size_t index = Index(matrix, expert);
+  if (mapped_.empty()) throw std::logic_error("these experts have memory of their own; they cannot be mapped");
+  if (storage_.scale_type != ScaleType::kNone)
+    throw std::invalid_argument(std::string(FormatName(shape_.format)) + " experts cannot be mapped");
+  const int64_t bytes = storage_.row_bytes(columns(matrix)), height = rows(matrix);
+  // Elements are read as such, and compilers may count on their alignment.
+  if (offset % 2 != 0 || row_stride % 2 != 0) throw std::invalid_argument("rows must begin at even bytes");
+  if (offset < 0 || row_stride < bytes || offset > file->size() - bytes ||
+      (height - 1) > (file->size() - bytes - offset) / row_stride)
+    throw std::invalid_argument("rows must lie in the file one after the other");
+  mapped_[index] = storage_.view(file->data() + offset, height, columns(matrix));
+  mapped_[index].row_stride = row_stride;
+  if (std::find(files_.begin(), files_.end(), file) == files_.end()) files_.push_back(std::move(file));
+  MarkWritten(matrix, expert);
+}
+
+void ExpertLayer::ReadAhead() const {
+  using Range = std::pair<const uint8_t*, const uint8_t*>;
+  std::vector<Range> ranges;
+  for (size_t i = 0; i < mapped_.size(); ++i) {
+    const Matrix matrix = static_cast<Matrix>(i % kMatrixCount);
+    const MatrixView& view = mapped_[i];
+    if (view.rows == nullptr) continue;
+    ranges.emplace_back(view.rows,
+                        view.rows + (rows(matrix) - 1) * view.row_stride + storage_.row_bytes(columns(matrix)));
+  }
+  std::sort(ranges.begin(), ranges.end());
+  // Matrices that lie side by side, or row by row among each other, are read as one.
+  for (size_t i = 0; i < ranges.size();) {
+    Range all = ranges[i++];
+    while (i < ranges.size() && ranges[i].first <= all.second) all.second = std::max(all.second, ranges[i++].second);
+    ReadPages(all.first, all.second);
+  }
 }
 
 QuantisationError ExpertLayer::error() const {

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/file_mapping.h"
 #include "cpu/memory.h"
 #include "formats/format.h"
 #include "formats/quantise.h"
@@ -40,8 +41,9 @@ struct SourceMatrix {
 
 class ExpertLayer {
  public:
-  // Gives the weights' memory for a number of bytes.
+  // Gives the weights' memory for a number of bytes; none (Nothing) for weights that are mapped.
   using Allocate = std::function<Block(size_t)>;
+  static Block Nothing(size_t) { return {}; }
 
   // Reserves memory for the weights; throws std::invalid_argument for sizes that make no sense.
   explicit ExpertLayer(const LayerShape& shape, const Allocate& allocate = [](size_t bytes) { return Block(bytes); });
@@ -59,7 +61,8 @@ class ExpertLayer {
   void PlaceOnNodes(const std::vector<int>& nodes) { block_.PlaceOnNodes(nodes); }
 
   const LayerShape& shape() const { return shape_; }
-  size_t bytes() const { return block_.size(); }
+  // Of memory, or of the files that are mapped.
+  size_t bytes() const;
   int64_t rows(Matrix matrix) const { return matrix == Matrix::kDown ? shape_.hidden : shape_.intermediate; }
   int64_t columns(Matrix matrix) const { return matrix == Matrix::kDown ? shape_.intermediate : shape_.hidden; }
 
@@ -75,6 +78,17 @@ class ExpertLayer {
   // The same from a file, from byte `offset` on, without mapping it and with bounded memory. Throws std::runtime_error
   // when it cannot be read or ends early.
   void ReadFile(Matrix matrix, int64_t expert, const std::string& path, int64_t offset, const SourceMatrix& layout);
+
+  // Takes one matrix for what lies in a file, as rows in this layer's format (one without scales): from byte `offset`
+  // on, `row_stride` bytes from row to row. Its values are not looked at. Throws std::invalid_argument where the rows
+  // are not whole, or not at even bytes, and std::logic_error for a layer with memory.
+  void Map(Matrix matrix, int64_t expert, std::shared_ptr<const FileMapping> file, int64_t offset, int64_t row_stride);
+  // Throws std::runtime_error when a file that matrices lie in has changed.
+  void CheckFiles() const {
+    for (const auto& file : files_) file->CheckUnchanged();
+  }
+  // Reads all that lies in files, unless it is in memory.
+  void ReadAhead() const;
 
   bool written(Matrix matrix, int64_t expert) const {
     return written_[Index(matrix, expert)].load(std::memory_order_acquire) != 0;
@@ -106,6 +120,8 @@ class ExpertLayer {
   const LayerShape shape_;
   const Storage storage_;
   Block block_;
+  std::vector<MatrixView> mapped_;  // by Index; empty for a layer with memory
+  std::vector<std::shared_ptr<const FileMapping>> files_;
   mutable std::mutex error_mutex_;
   QuantisationError error_;
   std::unique_ptr<std::atomic<uint8_t>[]> written_;

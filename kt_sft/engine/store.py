@@ -5,12 +5,17 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kt_sft.engine import _native  # type: ignore[attr-defined]
 from kt_sft.engine.cpus import engine_nodes, job_nodes
+from kt_sft.engine.readahead import Neighbours
+
+#: `MappedFile(path)` maps a whole file. Raises RuntimeError, naming it, where that cannot be.
+MappedFile = _native.FileMapping
 
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu2", "swiglu_oai")
 MATRICES = ("gate", "up", "down")
@@ -62,6 +67,7 @@ class LayerStore:
         group_size: Columns that share a scale; None: the format's own default, 0: whole rows.
         zero_point: Asymmetric int4.
         shared: Whether other processes can map the weights' memory, by the store's `descriptor`.
+        mapped: Whether the weights stay in files, where `map_file` says.
         descriptor: That of a store of another process, of the same sizes and format. This one reads its memory, which
             that process fills; `adopt` says when it has.
 
@@ -86,6 +92,7 @@ class LayerStore:
         group_size: int | None = None,
         zero_point: bool = False,
         shared: bool = False,
+        mapped: bool = False,
         descriptor: int | None = None,
     ) -> None:
         _check_format(expert_format)
@@ -95,6 +102,8 @@ class LayerStore:
         self.activation = activation
         self.gated = gated
         self.expert_format = expert_format
+        self.mapped = mapped
+        self.neighbours: Neighbours | None = None
         self.native = _native.ExpertLayer(
             experts=num_experts,
             hidden=hidden_size,
@@ -107,12 +116,13 @@ class LayerStore:
             nodes=job_nodes() if shared else engine_nodes(),
             shared=shared,
             descriptor=-1 if descriptor is None else descriptor,
+            mapped=mapped,
         )
         self.set_biases(gate_up_bias, down_bias)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory the weights occupy, scales included."""
+        """Bytes the weights occupy, scales included: of memory, or of the files they are mapped from."""
         return self.native.nbytes
 
     @property
@@ -186,6 +196,32 @@ class LayerStore:
         """
         name = dtype_name(dtype, matrix)
         self.native.read_file(matrix, expert, os.fspath(path), offset, name, row_stride, col_stride)
+
+    def map_file(self, matrix: str, expert: int, *, file: Any, offset: int, row_stride: int) -> None:
+        """Takes one expert's matrix for what lies in a file, without reading it; for a `mapped` store.
+
+        Args:
+            matrix: "gate", "up" or "down".
+            expert: Its number.
+            file: A `MappedFile`.
+            offset: Byte of the matrix's first value, even.
+            row_stride: Bytes from one row to the next, even.
+
+        Raises:
+            ValueError: The rows do not lie in the file one after the other, or not at even bytes.
+        """
+        self.native.map(matrix, expert, file, offset, row_stride)
+
+    def expect(self, routed_rows: int, *, forward: bool) -> None:
+        """Called when a pass over this layer begins; may begin to read the layer that comes next.
+
+        Args:
+            routed_rows: Of the pass.
+            forward: Whether it is a forward pass, after which comes the layer above; else the one below.
+        """
+        # With fewer rows most experts of the next layer will not be asked.
+        if self.neighbours is not None and routed_rows >= self.num_experts:
+            self.neighbours.read(forward=forward)
 
     def missing(self) -> list[tuple[str, int]]:
         """The (matrix, expert) pairs that were not stored yet."""

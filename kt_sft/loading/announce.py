@@ -27,14 +27,18 @@ def announce(config: KTConfig, plans: Sequence[ModulePlan], stores: Sequence[Lay
         return
     info = system_info(config.num_threads)
     experts = sum(plan.layout.num_experts for plan in plans)
-    resident = sum({id(store): store.nbytes for store in stores}.values())
+    size = readable(sum({id(store): store.nbytes for store in stores}.values()))
+    held = f"{size} resident"
+    if any(store.mapped for store in stores):
+        held = f"{size} mapped from the checkpoint's files, which must stay as they are; values are not checked"
+    elif sharers > 1:
+        held += f" once for all {sharers} processes of this machine"
     logger.info(
-        "routed experts on the CPU: %d experts in %d layers, %s, %s resident%s; tier %s, %s threads",
+        "routed experts on the CPU: %d experts in %d layers, %s, %s; tier %s, %s threads",
         experts,
         len(plans),
         config.stored_format,
-        readable(resident),
-        f" once for all {sharers} processes of this machine" if sharers > 1 else "",
+        held,
         info["tier"],
         info["threads"],
     )

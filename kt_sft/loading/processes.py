@@ -7,7 +7,7 @@ import hashlib
 import logging
 import os
 import weakref
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -15,9 +15,10 @@ from kt_sft.config import local_rank_and_size
 from kt_sft.engine.cpus import usable_cpus
 from kt_sft.engine.job import Following, LostPeerError, Offer, join
 from kt_sft.engine.store import LayerStore
-from kt_sft.loading.errors import SharedLoadError
-from kt_sft.loading.mapping import ModulePlan
-from kt_sft.loading.streaming import set_biases, stream
+from kt_sft.loading.errors import CheckpointError, SharedLoadError
+from kt_sft.loading.mapped import map_files
+from kt_sft.loading.mapping import ModulePlan, read_bias
+from kt_sft.loading.streaming import stream
 
 logger = logging.getLogger("kt_sft")
 
@@ -30,22 +31,42 @@ _FAREWELL = 5.0
 class Loader:
     """Makes stores and fills them, for this process alone."""
 
-    #: Processes of this machine that hold the stores' memory together.
+    #: Processes of this machine that hold the experts together.
     sharers = 1
-    #: Whether this process is the one to see that there is enough memory.
-    checks_memory = True
+    #: Whether the experts stay in the checkpoint's files.
+    mapped = False
+
+    def decide(self, mapped: Callable[[], bool]) -> None:
+        """Settles, before any store is made, whether the experts stay in the checkpoint's files.
+
+        Args:
+            mapped: Decides so, and sees that there is enough memory; it is not asked where another process was.
+
+        Raises:
+            SharedLoadError: The process that was asked failed.
+        """
+        self.mapped = mapped()
 
     def store(self, **options: Any) -> LayerStore:
         """A store, not yet filled; `options` as LayerStore's."""
-        return LayerStore(**options)
+        return LayerStore(**options, mapped=self.mapped)
 
     def fill(self, work: Work) -> None:
         """Fills all stores that this made, in the same order.
 
         Raises:
-            CheckpointError: As `stream`.
+            CheckpointError: As `stream` and `map_files`.
             SharedLoadError: The process that was to fill them failed.
         """
+        if self.mapped:
+            map_files(work)
+        else:
+            self._stream(work)
+        for plan, store in work:
+            _set_biases(plan, store)
+            _check_complete(plan, store)
+
+    def _stream(self, work: Work) -> None:
         stream(work, shown=local_rank_and_size()[0] == 0)
 
     @contextlib.contextmanager
@@ -62,10 +83,16 @@ class Filler(Loader):
         self._living = 0
         self.sharers = local_rank_and_size()[1]
 
+    def decide(self, mapped: Callable[[], bool]) -> None:
+        """As Loader's."""
+        super().decide(mapped)
+        self._offer.send({"mapped": self.mapped})
+
     def store(self, **options: Any) -> LayerStore:
         """As Loader's."""
-        store = LayerStore(**options, shared=True)
-        self._offer.send(None, [store.descriptor])
+        store = LayerStore(**options, mapped=self.mapped, shared=not self.mapped)
+        if not self.mapped:
+            self._offer.send({}, [store.descriptor])
         # The offer keeps the memory as well, for those who come later; it must not outlive the model.
         self._living += 1
         weakref.finalize(store, self._release).atexit = False
@@ -74,10 +101,13 @@ class Filler(Loader):
     def fill(self, work: Work) -> None:
         """As Loader's."""
         with self.reporting():
-            with ThreadPoolExecutor(len(usable_cpus()), "kt_sft-pages") as pool:
-                list(pool.map(lambda item: item[1].take_huge_pages(), work))
-            stream(work)
+            super().fill(work)
         self._offer.send({"errors": [store.error for _, store in work]})
+
+    def _stream(self, work: Work) -> None:
+        with ThreadPoolExecutor(len(usable_cpus()), "kt_sft-pages") as pool:
+            list(pool.map(lambda item: item[1].take_huge_pages(), work))
+        stream(work)
 
     @contextlib.contextmanager
     def reporting(self) -> Iterator[None]:
@@ -99,14 +129,18 @@ class Filler(Loader):
 class Reader(Loader):
     """Maps stores that another process fills."""
 
-    checks_memory = False  # the other did, for all
-
     def __init__(self, following: Following) -> None:
         self._following = following
         self.sharers = local_rank_and_size()[1]
 
+    def decide(self, mapped: Callable[[], bool]) -> None:  # the other process was asked
+        """As Loader's."""
+        self.mapped = self._receive()[0]["mapped"]
+
     def store(self, **options: Any) -> LayerStore:
         """As Loader's."""
+        if self.mapped:
+            return super().store(**options)
         _, descriptors = self._receive()
         try:
             return LayerStore(**options, descriptor=descriptors[0])
@@ -116,13 +150,15 @@ class Reader(Loader):
 
     def fill(self, work: Work) -> None:
         """As Loader's: waits until it is done."""
-        message, _ = self._receive()
+        super().fill(work)
         self._following.close()
-        for (plan, store), error in zip(work, message["errors"], strict=True):
-            store.adopt(error)
-            set_biases(plan, store)
 
-    def _receive(self) -> tuple[Any, list[int]]:
+    def _stream(self, work: Work) -> None:
+        message, _ = self._receive()
+        for (_, store), error in zip(work, message["errors"], strict=True):
+            store.adopt(error)
+
+    def _receive(self) -> tuple[dict[str, Any], list[int]]:
         try:
             message, descriptors = self._following.receive()
         except LostPeerError as error:
@@ -130,12 +166,31 @@ class Reader(Loader):
                 "kt_sft: the process that was loading the experts for all processes of this machine has ended; its "
                 "own output says why"
             ) from error
-        if message is not None and "failure" in message:
+        if "failure" in message:
             raise SharedLoadError(
                 "kt_sft: the process that was loading the experts for all processes of this machine failed with "
                 f"{message['failure']}"
             )
         return message, descriptors
+
+
+def _set_biases(plan: ModulePlan, store: LayerStore) -> None:
+    """Gives a store the biases of its plan, if there are any.
+
+    Raises:
+        CheckpointError: One holds a NaN or Inf, or cannot be read.
+    """
+    if plan.gate_up_bias is not None and plan.down_bias is not None:
+        store.set_biases(
+            read_bias(plan.gate_up_bias, plan.layout, first=True), read_bias(plan.down_bias, plan.layout, first=False)
+        )
+
+
+def _check_complete(plan: ModulePlan, store: LayerStore) -> None:
+    missing = store.missing()
+    if missing:
+        matrix, expert = missing[0]
+        raise CheckpointError(f"{plan.name}: {matrix} of expert {expert} was never filled ({len(missing)} such)")
 
 
 def loader_for(keys: Sequence[Hashable]) -> Loader:

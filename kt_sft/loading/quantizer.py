@@ -24,6 +24,7 @@ from kt_sft.loading.checkpoint import Checkpoint
 from kt_sft.loading.dense import check_finite
 from kt_sft.loading.errors import CheckpointError
 from kt_sft.loading.layout import ExpertLayout, find_experts
+from kt_sft.loading.mapped import decide_mapped
 from kt_sft.loading.mapping import ModulePlan, block_of, feeds_experts, plan_experts
 from kt_sft.loading.memory import experts_bytes, not_enough, require_bytes
 from kt_sft.loading.merging import merge_saved, merged_changes
@@ -109,8 +110,7 @@ class KTQuantizer(HfQuantizer):
         self._loader = loader_for([self._key(plan) for plan in self._plans if shared_store(self._key(plan)) is None])
         # This runs under torch.device("meta"): what the experts allocate must be real.
         with torch.device("cpu"), self._loader.reporting():
-            if self._loader.checks_memory:
-                self._check_memory(model, device_map)
+            self._loader.decide(lambda: self._decide_mapped(model, device_map))
             for plan in self._plans:
                 model.set_submodule(plan.name, self._experts(plan))
                 _keep_from_initializing(model, plan.name)
@@ -192,7 +192,7 @@ class KTQuantizer(HfQuantizer):
 
     def _key(self, plan: ModulePlan) -> tuple[Any, ...]:
         config = self._config
-        return (self._identity, plan.name, plan.layout, tuple(config.storage.values()))
+        return (self._identity, plan.name, plan.layout, tuple(config.storage.values()), config.store)
 
     def _experts(self, plan: ModulePlan) -> CpuExperts:
         layout = plan.layout
@@ -214,8 +214,13 @@ class KTQuantizer(HfQuantizer):
         except MemoryError as error:  # a limit that the check beforehand cannot see, as of the address space
             raise not_enough(experts_bytes(layout, config), available_bytes(), f"the experts of {plan.name}") from error
 
-    def _check_memory(self, model: PreTrainedModel, device_map: Any) -> None:
-        """Checks, before anything is allocated, what the processes of this machine need, each and together."""
+    def _decide_mapped(self, model: PreTrainedModel, device_map: Any) -> bool:
+        """Whether the experts stay in the checkpoint's files; sees, before anything is allocated, that the rest fits.
+
+        Raises:
+            ConfigError: They should, but cannot.
+            NotEnoughMemoryError: Something has no place.
+        """
         plans = [plan for plan in self._plans if shared_store(self._key(plan)) is None]
         experts, dense = sum(experts_bytes(plan.layout, self._config) for plan in plans), 0
         devices = device_map.values() if isinstance(device_map, dict) else ("cpu",)
@@ -223,7 +228,13 @@ class KTQuantizer(HfQuantizer):
             taken = {id(value) for plan in self._plans for value in model.get_submodule(plan.name).parameters()}
             dense = sum(value.nbytes for value in model.parameters() if id(value) not in taken)
         each, together = (dense, experts) if self._loader.sharers > 1 else (dense + experts, 0)
-        require_bytes(each, f"the experts of {len(plans)} layers", local_rank_and_size()[1], together)
+        what, processes = f"the experts of {len(plans)} layers", local_rank_and_size()[1]
+        return decide_mapped(
+            plans,
+            self._config,
+            resident=lambda: require_bytes(each, what, processes, together),
+            mapped=lambda: require_bytes(dense, "the weights beside the experts", processes),
+        )
 
     def _look_unquantised(self, model: PreTrainedModel) -> None:
         if hasattr(model.config, "quantization_config"):

@@ -11,7 +11,7 @@ from transformers.utils import logging
 from kt_sft.engine.cpus import usable_cpus
 from kt_sft.engine.store import LayerStore
 from kt_sft.loading.errors import CheckpointError
-from kt_sft.loading.mapping import MatrixRead, ModulePlan, read_bias
+from kt_sft.loading.mapping import MatrixRead, ModulePlan
 
 #: Reads in flight. Beyond about this many, disks and page cache serve no faster; each holds one bounded buffer.
 _MAX_READERS = 16
@@ -25,7 +25,7 @@ def stream(work: Sequence[tuple[ModulePlan, LayerStore]], *, shown: bool = True)
         shown: Whether there is a progress bar.
 
     Raises:
-        CheckpointError: A value is NaN or Inf, a file ends early, or a matrix of a store was never filled.
+        CheckpointError: A value is NaN or Inf, or a file ends early.
     """
     jobs = [(read, store, plan) for plan, store in work for read in plan.reads]
     if not jobs:
@@ -44,9 +44,6 @@ def stream(work: Sequence[tuple[ModulePlan, LayerStore]], *, shown: bool = True)
         except BaseException:  # also Ctrl-C: without this the pool would first read all that is queued
             pool.shutdown(cancel_futures=True)
             raise
-    for plan, store in work:
-        set_biases(plan, store)
-        _check_complete(plan, store)
 
 
 def _nbytes(read: MatrixRead) -> int:
@@ -69,22 +66,3 @@ def _read(read: MatrixRead, store: LayerStore, plan: ModulePlan, progress: Any) 
         what = f"{read.matrix} of expert {read.expert} of {plan.name}"
         raise CheckpointError(f"{view.entry.path}: tensor {view.entry.key} ({what}): {error}") from error
     progress.update(_nbytes(read))
-
-
-def set_biases(plan: ModulePlan, store: LayerStore) -> None:
-    """Gives a store the biases of its plan, if there are any.
-
-    Raises:
-        CheckpointError: One holds a NaN or Inf, or cannot be read.
-    """
-    if plan.gate_up_bias is not None and plan.down_bias is not None:
-        store.set_biases(
-            read_bias(plan.gate_up_bias, plan.layout, first=True), read_bias(plan.down_bias, plan.layout, first=False)
-        )
-
-
-def _check_complete(plan: ModulePlan, store: LayerStore) -> None:
-    missing = store.missing()
-    if missing:
-        matrix, expert = missing[0]
-        raise CheckpointError(f"{plan.name}: {matrix} of expert {expert} was never filled ({len(missing)} such)")
