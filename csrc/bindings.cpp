@@ -174,7 +174,9 @@ LoraGradients MakeLoraGradients(const std::optional<LoraGradientAddresses>& give
 }
 
 void BindLayer(py::module_& m) {
-  py::class_<FileMapping, std::shared_ptr<FileMapping>>(m, "FileMapping").def(py::init<const std::string&>());
+  py::class_<FileMapping, std::shared_ptr<FileMapping>>(m, "FileMapping")
+      .def(py::init<const std::string&>())
+      .def("renew_pages", &FileMapping::RenewPages, py::call_guard<py::gil_scoped_release>());
 
   py::class_<ExpertLayer>(m, "ExpertLayer")
       .def(py::init([](int64_t experts, int64_t hidden, int64_t intermediate, const std::string& activation, bool gated,

@@ -1,6 +1,7 @@
 #include "cpu/file_mapping.h"
 
 #include <fcntl.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -14,6 +15,34 @@ namespace {
 
 int64_t TimeOfChange(const struct stat& facts) {
   return int64_t{facts.st_mtim.tv_sec} * 1'000'000'000 + facts.st_mtim.tv_nsec;
+}
+
+constexpr size_t kHugePage = size_t{2} << 20;
+
+// Whether a huge page is mapped at `at`; false where the kernel does not say.
+bool IsHugePage(const uint8_t* at) {
+  // PAGEMAP_SCAN of <linux/fs.h>, which older headers lack.
+  struct Scan {
+    uint64_t size, flags, start, end, walk_end, regions, region_count, most_pages;
+    uint64_t inverted, all_of, any_of, returned;
+  };
+  struct Region {
+    uint64_t start, end, categories;
+  };
+  constexpr uint64_t kHuge = 1 << 6;
+  const int pages = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
+  if (pages < 0) return false;
+  Region region{};
+  Scan scan{};
+  scan.size = sizeof(scan);
+  scan.start = reinterpret_cast<uint64_t>(at);
+  scan.end = scan.start + kHugePage;
+  scan.regions = reinterpret_cast<uint64_t>(&region);
+  scan.region_count = 1;
+  scan.all_of = scan.returned = kHuge;
+  const int found = ioctl(pages, _IOWR('f', 16, Scan), &scan);
+  close(pages);
+  return found == 1 && region.end - region.start == kHugePage;
 }
 
 [[noreturn]] void Fail(const std::string& what, const std::string& path) {
@@ -32,7 +61,6 @@ FileMapping::FileMapping(const std::string& path) : path_(path) {
     changed_ = TimeOfChange(facts);
     if (size_ == 0) return;
     // At a huge page's start, so that the file's own huge pages can be mapped as such.
-    constexpr size_t kHugePage = size_t{2} << 20;
     const size_t bytes = static_cast<size_t>(size_), reserved = bytes + kHugePage;
     void* const space = mmap(nullptr, reserved, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (space == MAP_FAILED) Fail("map", path);
@@ -67,6 +95,29 @@ void FileMapping::CheckUnchanged() const {
   throw std::runtime_error(path_ +
                            " has changed since it was mapped: the experts' weights are read from it as they are "
                            "needed, so it must stay as it is; load the model anew");
+}
+
+void FileMapping::Drop(int64_t offset, int64_t bytes) const {
+  madvise(const_cast<uint8_t*>(data_) + offset, static_cast<size_t>(bytes), MADV_DONTNEED);  // what is mapped stays
+#if defined(SYNC_FILE_RANGE_WRITE)
+  sync_file_range(descriptor_, offset, bytes,
+                  SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER);  // and what is new
+#endif
+  posix_fadvise(descriptor_, offset, bytes, POSIX_FADV_DONTNEED);
+}
+
+bool FileMapping::RenewPages() const {
+  constexpr int64_t kPage = kHugePage;
+  if (size_ < 2 * kPage) return true;  // too small to tell, and to matter
+  const int64_t middle = size_ / 2 / kPage * kPage;
+  const uint8_t* const at = data_ + middle;
+  ReadPages(at, at + kPage);
+  if (IsHugePage(at)) return true;
+  Drop(middle, kPage);
+  ReadPages(at, at + kPage);
+  if (!IsHugePage(at)) return false;
+  Drop(0, size_);
+  return true;
 }
 
 void ReadPages(const uint8_t* begin, const uint8_t* end) {

@@ -53,6 +53,18 @@ TEST(AMappingIsTheFile) {
   CHECK(FileMapping(empty.path()).size() == 0);
 }
 
+TEST(PagesAreRenewedWithoutAChange) {
+  // Dirty and small, as just written; smaller than a huge page; with a middle that is none of the file's last page.
+  for (const size_t bytes : {size_t{100}, (size_t{4} << 20) + 5, (size_t{9} << 20) + 3}) {
+    const TemporaryFile file(bytes);
+    const FileMapping mapping(file.path());
+    const bool huge = mapping.RenewPages();
+    CHECK(mapping.RenewPages() == huge);
+    for (size_t i = 0; i < bytes; ++i) CHECK(mapping.data()[i] == i % 251);
+    mapping.CheckUnchanged();
+  }
+}
+
 TEST(AFileThatChangesIsNamed) {
   const TemporaryFile file(9000);
   const FileMapping mapping(file.path());

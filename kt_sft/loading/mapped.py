@@ -98,6 +98,7 @@ def map_files(work: Sequence[tuple[ModulePlan, LayerStore]]) -> None:
                 )
             except (ValueError, RuntimeError) as error:
                 raise CheckpointError(f"{view.entry.path}: tensor {view.entry.key}: {error}") from error
+    all(file.renew_pages() for file in files.values())  # up to the first for which there are no huge pages
     layers, reader = [store.native for _, store in work], Reader()
     for place, (_, store) in enumerate(work):
         store.neighbours = Neighbours(layers, place, reader)
