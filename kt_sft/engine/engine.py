@@ -53,7 +53,7 @@ def _start(num_threads: int | None, limit: str | None) -> Any:
         _fit_torch_to_container()
         spin = 0 if oversubscribed(threads) else SPIN_MICROSECONDS
         try:
-            _engines[threads, limit] = _native.Engine(threads, node_cpus, _tiers(limit), spin)
+            _engines[threads, limit] = _native.Engine(threads, node_cpus, kernel_tiers(limit), spin)
         except RuntimeError as error:
             raise ConfigError(
                 f"kt_sft: cannot start {threads} engine threads ({error}); set num_threads lower"
@@ -61,11 +61,11 @@ def _start(num_threads: int | None, limit: str | None) -> Any:
     return _engines[threads, limit]
 
 
-def _tiers(limit: str | None) -> tuple[str, str]:
-    """The tiers of products and of integer products: one choice for all processes of this job on this machine.
+def kernel_tiers(limit: str | None) -> tuple[str, str]:
+    """The tiers of products and of integer products: up to `limit`, or the fastest.
 
-    Which is fastest is measured, and two processes that disturb each other could come to different results, and with
-    them to other roundings.
+    The latter is one choice for all processes of this job on this machine: it is measured, and two processes that
+    disturb each other could come to different results, and with them to other roundings.
     """
     if limit is not None:
         return _native.tiers_up_to(limit)

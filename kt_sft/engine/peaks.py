@@ -6,6 +6,7 @@ import dataclasses
 
 from kt_sft.engine import _native  # type: ignore[attr-defined]
 from kt_sft.engine.cpus import SPIN_MICROSECONDS, engine_cpus
+from kt_sft.engine.engine import kernel_tiers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,5 +40,5 @@ def measure_peak(tier: str | None, num_threads: int | None = None) -> Peak:
     if tier is not None and tier not in _native.available_tiers():
         raise ValueError(f"kt_sft: tier {tier!r} is not available here; {', '.join(_native.available_tiers())} are")
     threads, node_cpus = engine_cpus(num_threads)
-    flops, int8, bandwidth = _native.Engine(threads, node_cpus, tier, SPIN_MICROSECONDS).peak()
+    flops, int8, bandwidth = _native.Engine(threads, node_cpus, kernel_tiers(tier), SPIN_MICROSECONDS).peak()
     return Peak(threads, flops * threads / 1e9, int8 * threads / 1e9, bandwidth / 1e9)

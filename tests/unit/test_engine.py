@@ -12,7 +12,9 @@ import torch
 
 import kt_sft
 from kt_sft.config import TIERS, ConfigError
+from kt_sft.engine import _native
 from kt_sft.engine.engine import available_tiers, get_engine
+from tests.forked import forked_ranks
 
 
 @pytest.mark.parametrize("tier", available_tiers())
@@ -38,6 +40,25 @@ def test_without_a_request_every_engine_has_the_same_tier(monkeypatch):
     monkeypatch.delenv("KT_SFT_ISA", raising=False)
     assert get_engine(1).tier in available_tiers()
     assert get_engine(3).tier == get_engine(1).tier
+
+
+def test_processes_of_one_job_use_what_one_of_them_measured(monkeypatch, tmp_path):
+    monkeypatch.delenv("KT_SFT_ISA", raising=False)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "tiers")
+
+    def rank(measured):
+        def run(pipe):
+            monkeypatch.setattr(_native, "fastest_tiers", lambda: (measured, measured))
+            pipe.send(get_engine(1).tier)
+            pipe.recv()
+
+        return run
+
+    lowest, highest = available_tiers()[0], available_tiers()[-1]
+    with forked_ranks(port=str(tmp_path)) as start:
+        assert start(rank(lowest)).hears() == lowest
+        assert start(rank(highest)).hears() == lowest
+        assert start(rank(highest), MASTER_PORT="another job").hears() == highest
 
 
 def test_an_unknown_tier_is_an_error(monkeypatch):
