@@ -39,14 +39,19 @@ class TemporaryFile {
   int descriptor_;
 };
 
+bool IsTheFile(const FileMapping& mapping, size_t bytes) {
+  size_t same = 0;
+  while (same < bytes && mapping.data()[same] == same % 251) ++same;
+  return mapping.size() == static_cast<int64_t>(bytes) && same == bytes;
+}
+
 TEST(AMappingIsTheFile) {
   for (const size_t bytes : {size_t{1}, size_t{4096}, size_t{4097}, (size_t{5} << 20) + 3}) {
     const TemporaryFile file(bytes);
     const FileMapping mapping(file.path());
-    CHECK(mapping.size() == static_cast<int64_t>(bytes));
     CHECK(reinterpret_cast<uintptr_t>(mapping.data()) % (size_t{2} << 20) == 0);
     ReadPages(mapping.data() + bytes / 2, mapping.data() + bytes);
-    for (size_t i = 0; i < bytes; ++i) CHECK(mapping.data()[i] == i % 251);
+    CHECK(IsTheFile(mapping, bytes));
     mapping.CheckUnchanged();
   }
   const TemporaryFile empty(0);
@@ -60,7 +65,7 @@ TEST(PagesAreRenewedWithoutAChange) {
     const FileMapping mapping(file.path());
     const bool huge = mapping.RenewPages();
     CHECK(mapping.RenewPages() == huge);
-    for (size_t i = 0; i < bytes; ++i) CHECK(mapping.data()[i] == i % 251);
+    CHECK(IsTheFile(mapping, bytes));
     mapping.CheckUnchanged();
   }
 }

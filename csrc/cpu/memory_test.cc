@@ -4,6 +4,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
 #include <new>
@@ -55,9 +56,12 @@ TEST(HugePagesForSharedBlocksChangeNothing) {
     const Block block = Block::Shared(bytes), mapped = Block::MapShared(block.descriptor(), bytes);
     block.PlaceOnNodes({0});
     block.TakeHugePages();
-    for (size_t i = 0; i < block.size(); ++i) CHECK(mapped.data()[i] == 0);
+    const auto all = [&](uint8_t value) {
+      return std::all_of(mapped.data(), mapped.data() + mapped.size(), [=](uint8_t byte) { return byte == value; });
+    };
+    CHECK(all(0));
     std::memset(block.data(), 7, block.size());
-    for (size_t i = 0; i < block.size(); ++i) CHECK(mapped.data()[i] == 7);
+    CHECK(all(7));
   }
 }
 
