@@ -35,6 +35,7 @@ COMPUTE_TYPES = ("bf16", "int8")
 INTEGER_FORMATS = ("int8", "int4")
 ACTIVATION_POLICIES = ("retain", "recompute")
 STORES = ("auto", "resident", "mapped")
+LORA_MEMORIES = ("accelerator", "host")
 
 
 class ConfigError(ValueError):
@@ -62,6 +63,8 @@ class KTConfig(QuantizationConfigMixin):
         activation_policy: "retain" keeps the experts' gate and up activations for backward (2·S·I·2 bytes a layer,
             S routed rows, I expert intermediate size), "recompute" computes them again there.
         lora_experts: Whether new adapters cover the routed experts.
+        lora_memory: Where adapters on routed experts lie, with their gradients and optimizer state: "accelerator" (with
+            the model's other parameters) or "host", for those that would not fit there.
         scratch_mb: MiB that one layer's intermediate results take at most; longer batches are worked on in pieces, to
             the same bits. One token is never cut, and engine threads take up to 1 MiB each besides.
 
@@ -77,6 +80,7 @@ class KTConfig(QuantizationConfigMixin):
     num_threads: int | None = None
     activation_policy: str = "retain"
     lora_experts: bool = False
+    lora_memory: str = "accelerator"
     scratch_mb: int = 1024
     quant_method: str = QUANT_METHOD  # type: ignore[assignment]  # upstream types it as its own enum
 
@@ -85,6 +89,7 @@ class KTConfig(QuantizationConfigMixin):
         self._check_choice("compute", COMPUTE_TYPES)
         self._check_choice("store", STORES)
         self._check_choice("activation_policy", ACTIVATION_POLICIES)
+        self._check_choice("lora_memory", LORA_MEMORIES)
         self._check_flag("zero_point")
         self._check_flag("lora_experts")
         self._check_count("group_size", least=0)
@@ -233,6 +238,18 @@ def local_job() -> tuple[str, ...] | None:
     # self.
     names = ("MASTER_ADDR", "MASTER_PORT", "GROUP_RANK", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
     return tuple(os.environ.get(name, "") for name in names)
+
+
+def launched_processes() -> int:
+    """How many processes a launcher started for this run, on all machines; 1 where it does not say `WORLD_SIZE`.
+
+    Raises:
+        ConfigError: It is no number.
+    """
+    size = os.environ.get("WORLD_SIZE") or "1"
+    if not size.isdecimal() or int(size) < 1:
+        raise ConfigError(f"WORLD_SIZE={size!r} is no number of processes; a launcher sets it")
+    return int(size)
 
 
 def openmp_wait_policy() -> str | None:

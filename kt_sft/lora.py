@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +31,13 @@ MOST_RANK = 256
 def parameters_of(experts: CpuExperts) -> tuple[str, str]:
     """The parameters that adapters can be put on, as the model's own class of experts names them."""
     return ("gate_up_proj" if experts.store.gated else "up_proj"), "down_proj"
+
+
+def sizes_of(experts: CpuExperts, parameter_name: str) -> tuple[int, int]:
+    """What one expert's matrix takes and what it gives: (H, 2I) ((H, I) ungated), or (I, H) for down_proj."""
+    if parameter_name == "down_proj":
+        return experts.intermediate_dim, experts.hidden_dim
+    return experts.hidden_dim, experts.intermediate_dim * (2 if experts.store.gated else 1)
 
 
 @functools.cache
@@ -60,7 +67,7 @@ class ExpertLora(nn.Module, LoraLayer):
     Args:
         base_layer: The experts, or the layer on their other parameter.
         parameter_name: One of `parameters_of`.
-        device: Where adapters are kept, as FP32.
+        device: Where adapters are kept, as FP32. With `lora_memory: host` that is the CPU, and stays it.
 
     Raises:
         ValueError: The experts' products cannot have adapters.
@@ -80,9 +87,8 @@ class ExpertLora(nn.Module, LoraLayer):
         self.parameter_name = parameter_name
         self.device = device
         self.num_experts = experts.num_experts
-        rows = experts.intermediate_dim * (2 if experts.store.gated else 1)
         self.is_down = parameter_name == "down_proj"
-        inputs, outputs = (experts.intermediate_dim, experts.hidden_dim) if self.is_down else (experts.hidden_dim, rows)
+        inputs, outputs = sizes_of(experts, parameter_name)
         #: Whether A is what meets the inputs. The values do not change with it, only where they are kept.
         self.a_meets_inputs = experts.is_transposed or peft_turns_parameters()
         self.sizes = (inputs, outputs) if self.a_meets_inputs else (outputs, inputs)
@@ -146,6 +152,24 @@ class ExpertLora(nn.Module, LoraLayer):
             self.reset_lora_parameters(adapter_name, init_lora_weights)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ExpertLora:
+        # `to`, `cuda`, `half` and their like, of this module and of any around it.
+        return super()._apply(self._keeping_in_host_memory(fn) if self.in_host_memory else fn, recurse)
+
+    @property
+    def in_host_memory(self) -> bool:
+        """Whether adapters stay there, as FP32, wherever the model is moved and whatever it is cast to."""
+        return self.experts.config.lora_memory == "host"
+
+    @staticmethod
+    def _keeping_in_host_memory(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        def kept(tensor: Tensor) -> Tensor:
+            if tensor.device.type == "cpu":
+                return tensor
+            return fn(tensor).to("cpu", torch.float32)  # as `to_empty` of one that is on the meta device
+
+        return kept
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # The experts themselves are on none; masters are FP32 whatever the model is.
@@ -310,6 +334,8 @@ def attach(
                 f"kt_sft: adapters of one model must be on the same parameters of its experts; the new one is on "
                 f"{', '.join(sorted(parameter_names))}, those before it on {', '.join(sorted(layers))}"
             )
+        for layer in layers.values():
+            layer.device = device  # the model may have been moved since
         return dict(reversed(layers.items()))
     found = {}
     for name in parameters_of(experts):
@@ -354,10 +380,9 @@ def _snapshot(factors: Factors) -> tuple[Tensor, Tensor]:
 def _change(experts: CpuExperts, parts: dict[bool, tuple[Tensor, Tensor]]) -> LowRank:
     """The parts as one change: zeros stand for a parameter that is not adapted, and for ranks that one has more."""
     rank = max(a.shape[1] for a, _ in parts.values())
-    rows = experts.intermediate_dim * (2 if experts.store.gated else 1)
     tensors = []
-    for is_down in (False, True):
-        columns, outputs = (experts.intermediate_dim, experts.hidden_dim) if is_down else (experts.hidden_dim, rows)
+    for is_down, name in zip((False, True), parameters_of(experts), strict=True):
+        columns, outputs = sizes_of(experts, name)
         a = torch.zeros(experts.num_experts, rank, columns, device="cpu", dtype=torch.float32)
         b = torch.zeros(experts.num_experts, outputs, rank, device="cpu", dtype=torch.float32)
         if is_down in parts:

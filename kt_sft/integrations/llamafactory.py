@@ -20,6 +20,7 @@ from kt_sft.config import ConfigError, KTConfig
 from kt_sft.integrations import autoload
 from kt_sft.integrations.adapters import check_adapter, check_resumed
 from kt_sft.integrations.checkpoints import FoundCheckpoint, check_complete, mark_found, settle_resumed
+from kt_sft.integrations.host_memory import check_parallel, check_training
 from kt_sft.integrations.peft import target_parameters
 
 
@@ -105,10 +106,12 @@ def check_parsed_arguments(parser: ModuleType) -> None:
     def get_train_args(*args: Any, **kwargs: Any) -> Any:
         parsed = parse_train(*args, **kwargs)
         model_args, _, training_args, finetuning_args, _ = parsed
-        if config_of(model_args) is not None:
+        settings = config_of(model_args)
+        if settings is not None:
             _check_finetuning_arguments(finetuning_args)
             _check_other_adapters(model_args, finetuning_args)
             _check_training_arguments(training_args)
+            check_training(settings, training_args, finetuning_args)
             _check_trained_adapter(model_args, finetuning_args, training_args)
         if isinstance(training_args.resume_from_checkpoint, FoundCheckpoint):
             training_args.resume_from_checkpoint = str(training_args.resume_from_checkpoint)
@@ -212,6 +215,8 @@ def register_v1(module: ModuleType) -> None:
         settings = {key: value for key, value in dict(model_args.quant_config).items() if key != "name"}
         _show_log()
         init_kwargs["quantization_config"] = KTConfig.from_dict(settings)
+        if is_trainable:
+            check_parallel(init_kwargs["quantization_config"])
         return init_kwargs
 
 

@@ -11,6 +11,7 @@ import contextlib
 import copy
 import functools
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -100,6 +101,8 @@ def extend_peft_model(module: ModuleType) -> None:
             return load(self, model_id, adapter_name, *args, **kwargs)
         if adapter_name in self.peft_config:
             _check_same(model_id, stored, self.peft_config[adapter_name])
+        if len(args) < 2 and _in_host_memory(self):  # PEFT would read all of it to the accelerator first
+            kwargs.setdefault("torch_device", "cpu")
         with _orientation(self, stored):
             result = load(self, model_id, adapter_name, *args, **kwargs)
         _check_complete(model_id, adapter_name, result)
@@ -198,6 +201,10 @@ def _has_experts(model: nn.Module) -> bool:
     return any(True for _ in _experts_of(model))
 
 
+def _in_host_memory(model: nn.Module) -> bool:
+    return any(experts.config.lora_memory == "host" for _, experts in _experts_of(model))
+
+
 def _inject_experts(
     tuner: Any, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
 ) -> list[str]:
@@ -205,21 +212,32 @@ def _inject_experts(
     from accelerate import init_empty_weights
 
     from kt_sft.experts import CpuExperts
-    from kt_sft.lora import ExpertLora, attach, parameters_of
+    from kt_sft.integrations.host_memory import check_parallel, require_memory
+    from kt_sft.lora import ExpertLora, attach, parameters_of, sizes_of
 
-    targets, adapted = {*peft_config.target_parameters}, []
+    targets, adapted, parameters = {*peft_config.target_parameters}, [], 0
+    wanted_of: dict[str, tuple[CpuExperts, list[str]]] = {}
     for name, experts in _experts_of(model):
         possible = parameters_of(experts)
-        wanted = [parameter for parameter in possible if _is_target(f"{name}.{parameter}", targets)]
         _check_targets(name, possible, targets)
+        wanted = [parameter for parameter in possible if _is_target(f"{name}.{parameter}", targets)]
         if not wanted:
             continue
         _check_config(peft_config)
+        if not peft_config.inference_mode:
+            check_parallel(experts.config)
+        wanted_of[name] = experts, wanted
+        if _device(experts, model.get_submodule(name.rpartition(".")[0]), model).type == "cpu":
+            for parameter in wanted:
+                rank, _ = _rank_and_alpha(peft_config, f"{name}.{parameter}")
+                parameters += rank * sum(sizes_of(experts, parameter)) * experts.num_experts
+    require_memory(parameters, trained=not peft_config.inference_mode)
+    for name, (experts, wanted) in wanted_of.items():
         parent_name, _, child = name.rpartition(".")
         parent = model.get_submodule(parent_name)
         present = parent.get_submodule(child)
         assert isinstance(present, CpuExperts | ExpertLora)
-        layers = attach(present, wanted, _device(parent, model))
+        layers = attach(present, wanted, _device(experts, parent, model))
         for parameter, layer in layers.items():
             key = f"{name}.{parameter}"
             with init_empty_weights() if low_cpu_mem_usage else torch.device("cpu"):
@@ -231,14 +249,21 @@ def _inject_experts(
     return adapted
 
 
-def _add_adapter(layer: ExpertLora, adapter_name: str, key: str, peft_config: Any) -> None:
+def _rank_and_alpha(peft_config: Any, key: str) -> tuple[int, float]:
     from peft.utils.other import get_pattern_key
 
     ranks, alphas = peft_config.rank_pattern, peft_config.alpha_pattern
+    rank = ranks.get(get_pattern_key(ranks.keys(), key), peft_config.r)
+    alpha = alphas.get(get_pattern_key(alphas.keys(), key), peft_config.lora_alpha)
+    if not isinstance(rank, int) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        raise ValueError(f"kt_sft: an adapter on {key} cannot have rank {rank!r} and alpha {alpha!r}; both are numbers")
+    return rank, alpha
+
+
+def _add_adapter(layer: ExpertLora, adapter_name: str, key: str, peft_config: Any) -> None:
     layer.update_layer(
         adapter_name,
-        ranks.get(get_pattern_key(ranks.keys(), key), peft_config.r),
-        alphas.get(get_pattern_key(alphas.keys(), key), peft_config.lora_alpha),
+        *_rank_and_alpha(peft_config, key),
         lora_dropout=peft_config.lora_dropout,
         init_lora_weights=peft_config.init_lora_weights,
         use_rslora=peft_config.use_rslora,
@@ -267,8 +292,10 @@ def _check_config(peft_config: Any) -> None:
             raise ValueError(f"kt_sft: adapters on experts cannot have {name}; {way_out}")
 
 
-def _device(parent: nn.Module, model: nn.Module) -> torch.device:
-    """Where adapters on experts are kept: with the router, which stands beside the experts."""
+def _device(experts: CpuExperts, parent: nn.Module, model: nn.Module) -> torch.device:
+    """Where adapters on experts are kept: with the router, which stands beside them, or in host memory."""
+    if experts.config.lora_memory == "host":
+        return torch.device("cpu")
     for module in (parent, model):
         for parameter in module.parameters():
             if parameter.device.type != "meta":

@@ -1,9 +1,15 @@
-"""CpuExperts with tensors of an accelerator gives the same bits as with CPU tensors; skipped where there is none."""
+"""Experts, and adapters on them in host memory, beside an accelerator; skipped where there is none."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
+from adapted_models import UNIT, adapted, load, tensors
+from transformers import Trainer, TrainingArguments
 
 import kt_sft
 
@@ -50,3 +56,65 @@ def test_weights_may_come_from_the_accelerator():
             from_device.dequantized(), kt_sft.CpuExperts.from_weights(gate_up, down).dequantized(), strict=True
         )
     )
+
+
+class TestAdaptersInHostMemory:
+    """The same training as with adapters on the accelerator.
+
+    Its optimizer rounds their FP32 values otherwise, so a BF16 copy may be the next one: a unit of each loss.
+    """
+
+    def adapted_on_device(self, folder: Path, memory: str) -> torch.nn.Module:
+        model = adapted(load(folder, lora_memory=memory)).to(torch.accelerator.current_accelerator())
+        kinds = {value.device.type for key, value in tensors(model).items() if ".experts." in key}
+        assert kinds == {"cpu" if memory == "host" else torch.accelerator.current_accelerator().type}
+        return model
+
+    @pytest.mark.parametrize("settings", [{"fused": True}, {"foreach": True}, {}], ids=str)
+    def test_optimizers_and_clipping_take_both_devices(self, tiny_moe: Path, settings: dict[str, Any]) -> None:
+        losses: dict[str, list[float]] = {"accelerator": [], "host": []}
+        for memory, found in losses.items():
+            model = self.adapted_on_device(tiny_moe, memory).train()
+            optimizer = torch.optim.AdamW(tensors(model).values(), lr=1e-2, **settings)
+            ids = torch.arange(48).reshape(2, 24).to(torch.accelerator.current_accelerator())
+            for _ in range(4):
+                loss = model(input_ids=ids, labels=ids).loss
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+                optimizer.step()
+                optimizer.zero_grad()
+                found.append(loss.item())
+            states = [optimizer.state[value]["exp_avg"].device for value in tensors(model).values()]
+            assert states == [value.device for value in tensors(model).values()]
+        assert losses["host"] == pytest.approx(losses["accelerator"], rel=UNIT)
+        assert losses["host"][-1] < losses["host"][0] * (1 - 4 * UNIT)
+
+    @pytest.mark.parametrize("precision", ["bf16", "fp16"])
+    def test_the_trainer_saves_and_resumes(self, tiny_moe: Path, tmp_path: Path, precision: str) -> None:
+        """fp16 brings a gradient scaler, which looks at the gradients of each device."""
+        data = [{"input_ids": torch.arange(24) + n, "labels": torch.arange(24) + n} for n in range(24)]
+        found = {}
+        for name, memory in (("accelerator", "accelerator"), ("whole", "host"), ("resumed", "host")):
+            arguments = TrainingArguments(
+                output_dir=str(tmp_path / name),
+                max_steps=4,
+                save_steps=2,
+                logging_steps=1,
+                per_device_train_batch_size=4,
+                gradient_accumulation_steps=2,
+                learning_rate=1e-2,
+                max_grad_norm=0.5,
+                report_to="none",
+                **{precision: True},
+            )
+            trainer = Trainer(self.adapted_on_device(tiny_moe, memory), arguments, train_dataset=data)
+            trainer.train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-2") if name == "resumed" else None)
+            trainer.save_model(str(tmp_path / name))
+            state = json.loads((tmp_path / name / "checkpoint-4/trainer_state.json").read_text())
+            found[name] = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+        assert found["whole"] == pytest.approx(found["accelerator"], rel=4 * UNIT)
+        assert found["resumed"] == pytest.approx(found["whole"], rel=UNIT)  # an accelerator need not repeat its bits
+        assert found["resumed"][-1] < found["resumed"][0] * (1 - 8 * UNIT)
+        assert [file.name for file in sorted((tmp_path / "whole/checkpoint-4").iterdir())] == [
+            file.name for file in sorted((tmp_path / "accelerator/checkpoint-4").iterdir())
+        ]

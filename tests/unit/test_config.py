@@ -12,6 +12,7 @@ from kt_sft.config import (
     EXPERT_FORMATS,
     TIERS,
     ConfigError,
+    launched_processes,
     local_rank_and_size,
     requested_tier,
 )
@@ -40,6 +41,7 @@ def test_from_dict_takes_a_recipes_block():
         ({"expert_format": "int3"}, "expert_format must be one of auto, bf16"),
         ({"expert_format": 4}, "expert_format must be one of"),
         ({"activation_policy": True}, "activation_policy must be one of retain, recompute"),
+        ({"lora_memory": "cpu"}, "lora_memory must be one of accelerator, host, got 'cpu'"),
         ({"num_threads": 0}, "num_threads must be a whole number of at least 1, got 0"),
         ({"num_threads": 5000}, "num_threads must be at most 1024, got 5000"),
         ({"num_threads": "two"}, "num_threads must be a whole number"),
@@ -145,3 +147,14 @@ def test_place_among_the_processes_of_a_launcher(monkeypatch):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", size)
         with pytest.raises(ConfigError, match=f"LOCAL_RANK='{rank}' and LOCAL_WORLD_SIZE='{size}'"):
             local_rank_and_size()
+
+
+def test_the_number_of_processes(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert launched_processes() == 1
+    monkeypatch.setenv("WORLD_SIZE", "16")
+    assert launched_processes() == 16
+    for size in ("0", "-1", "two"):
+        monkeypatch.setenv("WORLD_SIZE", size)
+        with pytest.raises(ConfigError, match=f"WORLD_SIZE='{size}' is no number of processes"):
+            launched_processes()
