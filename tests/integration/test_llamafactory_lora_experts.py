@@ -82,14 +82,29 @@ def test_training_goes_on_from_an_adapter(trained: Path, write_recipe: Callable[
     assert not any(torch.equal(before[key], after[key]) for key in before)
 
 
+ACCUMULATED = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
+EVALUATED = {"eval_strategy": "steps", "eval_steps": 1, "val_size": 0.2, "load_best_model_at_end": True}
+#: Several examples, of about 110 tokens with the template's system prompt, fit a row.
+PACKED = {"packing": True, "cutoff_len": 400, "per_device_train_batch_size": 2}
+#: A learning rate that makes the model worse from the first or second step on.
+OVERSHOT = {"learning_rate": 0.3, "early_stopping_steps": 1, "save_steps": 1, "max_steps": 8}
+
 STAGES: dict[str, dict[str, Any]] = {
     "pt": {"stage": "pt", "dataset": "pt"},
     "dpo": {"stage": "dpo", "dataset": "pair", "ref_model": "MODEL"},
     "kto": {"stage": "kto", "dataset": "kto"},
     "rm": {"stage": "rm", "dataset": "pair"},
-    "accumulated": {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
-    "best": {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2, "val_size": 0.2},
+    "accumulated": ACCUMULATED,
+    "accumulated in host memory": ACCUMULATED | {"kt_sft": {"lora_experts": True, "lora_memory": "host"}},
+    "evaluated": EVALUATED | {"save_steps": 1},
+    "stopped early": EVALUATED | OVERSHOT,
+    "packed": PACKED,
+    "packed neatly": PACKED | {"neat_packing": True},
     "without dropout": {"lora_dropout": 0.0, "max_steps": 3},
+}
+#: LLaMA-Factory's own LoRA, on attention alone.
+STOCK = {
+    f"{name}, stock": STAGES[name] | {"kt_sft": None, "lora_target": "q_proj"} for name in ("packed", "packed neatly")
 }
 
 
@@ -97,9 +112,10 @@ STAGES: dict[str, dict[str, Any]] = {
 def stages(base_recipe: dict[str, Any], tiny_moe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folders of all of these runs; one process for all, to save its start."""
     folder, recipes = tmp_path_factory.mktemp("stages"), []
-    for name, changes in STAGES.items():
+    for name, changes in (STAGES | STOCK).items():
         changes = {key: str(tiny_moe) if value == "MODEL" else value for key, value in changes.items()}
-        recipes.append(base_recipe | BLOCK | {"max_steps": 2} | changes | {"output_dir": str(folder / name)})
+        recipe = base_recipe | BLOCK | {"max_steps": 2} | changes | {"output_dir": str(folder / name)}
+        recipes.append({key: value for key, value in recipe.items() if value is not None})
     script = (
         "import json, sys; from llamafactory.train.tuner import run_exp\n"
         "for recipe in json.loads(sys.argv[1]): run_exp(recipe)\n"
@@ -115,6 +131,50 @@ def test_other_ways_of_training(name: str, stages: Path) -> None:
     assert len({*losses}) == len(losses) > 1
     values = load_file(stages / name / "adapter_model.safetensors")
     assert all(values[key].any() for key in values if ".mlp.experts." in key)
+
+
+def adapter_in(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_host_memory_changes_nothing_where_there_is_no_accelerator(stages: Path) -> None:
+    one, other = (stages / name for name in ("accumulated", "accumulated in host memory"))
+    assert train_losses(one) == train_losses(other)
+    assert same(adapter_in(one), adapter_in(other))
+    assert sorted(file.name for file in one.rglob("*")) == sorted(file.name for file in other.rglob("*"))
+
+
+@pytest.mark.parametrize("name", ["packed", "packed neatly"])
+def test_packed_rows_are_those_of_stock(name: str, stages: Path) -> None:
+    """Before the first step B is zero, so the loss is the base model's, of the same rows with the same masks.
+
+    Roundings must be told from masks: ours is nearer to stock's of the same kind than half of what lies between kinds.
+    """
+    stock = {kind: train_losses(stages / f"{kind}, stock")[0] for kind in ("packed", "packed neatly")}
+    between = abs(stock["packed"] - stock["packed neatly"])
+    assert abs(train_losses(stages / name)[0] - stock[name]) < between / 2
+
+
+def test_the_best_model_is_reloaded_after_an_early_stop(stages: Path) -> None:
+    state = json.loads((stages / "stopped early" / "trainer_state.json").read_text())
+    evaluated = {entry["step"]: entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry}
+    best = min(evaluated, key=evaluated.__getitem__)
+    assert max(evaluated) == best + 1 < 8  # patience of one evaluation, of eight steps
+    assert Path(state["best_model_checkpoint"]).name == f"checkpoint-{best}"
+    saved = adapter_in(stages / "stopped early")
+    assert same(saved, adapter_in(stages / "stopped early" / f"checkpoint-{best}"))
+    assert not same(saved, adapter_in(stages / "stopped early" / f"checkpoint-{best + 1}"))
+
+
+def test_evaluation_during_training_sees_what_was_learnt(stages: Path) -> None:
+    state = json.loads((stages / "evaluated" / "trainer_state.json").read_text())
+    losses = [entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry]
+    assert len(losses) == 2
+    assert losses[1] < losses[0]
 
 
 def test_two_processes_are_one_with_the_double_batch(
