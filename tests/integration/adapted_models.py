@@ -7,15 +7,13 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from rounding_noise import bounds_of_rounding
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 import kt_sft
 
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-
-#: Half the spacing of BF16 at 1, which adapters' matrices are rounded to in the engine.
-UNIT = 2.0**-9
 
 
 def load(folder: Path, engine: bool = True, **settings: Any) -> nn.Module:
@@ -52,6 +50,13 @@ def tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     return {key: value for key, value in model.named_parameters() if "lora_" in key}
 
 
-def assert_close(actual: torch.Tensor, reference: torch.Tensor) -> None:
-    """Matrices rounded to BF16, and products of them: a few units of the largest, whichever way the errors add up."""
-    assert (actual - reference).abs().max() <= 8 * UNIT * reference.abs().max()
+def assert_close(model: nn.Module, reference: torch.Tensor, engines: int = 1) -> None:
+    """Logits of a model with experts in the engine are a reference's, within what the engine's roundings can do.
+
+    Args:
+        model: With adapters, merged ones too.
+        reference: Of plain PEFT, or (`engines` 2) of another model in the engine, with roundings of its own.
+        engines: How many of the two there are.
+    """
+    (bound,) = bounds_of_rounding(lambda: [logits(model)], lambda difference: difference.abs().max())
+    assert (logits(model) - reference).abs().max() <= engines * bound

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from adapted_models import UNIT, adapted, load, tensors
+from adapted_models import adapted, load, tensors
+from rounding_noise import UNIT_ROUNDOFF as UNIT
 from transformers import Trainer, TrainingArguments
 
 import kt_sft

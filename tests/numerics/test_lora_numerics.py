@@ -96,21 +96,18 @@ def test_dropout(tier, monkeypatch, rank, expert_format):
     assert all(torch.equal(a, b) for a, b in zip(recomputed, results, strict=True))
 
 
-def test_dropout_does_not_depend_on_how_calls_are_cut(tier):
+def test_dropout_does_not_depend_on_how_calls_are_cut(tier, monkeypatch):
+    """Sums of gradients over pieces have another order, so they are held to the bound that holds for every order."""
     case = make_case(2000, 2, 3, 40, 24)
-    term = dataclasses.replace(make_term(case, 4), dropout=0.5)
-    whole, cut = (
-        run_with_seed(case, layer_of(case, num_threads=threads, scratch_mb=scratch), term)
-        for threads, scratch in ((2, 64), (3, 1))
-    )
+    term = make_term(case, 4)
+    dropout = Dropout(seed=2**61 + 1, below=2**31)
+    monkeypatch.setattr(Dropout, "drawn", classmethod(lambda cls, share: dropout))
+    layers = [layer_of(case, num_threads=threads, scratch_mb=scratch) for threads, scratch in ((2, 64), (3, 1))]
+    whole, cut = (run(case, layer, dataclasses.replace(term, dropout=0.5)) for layer in layers)
     assert all(torch.equal(a, b) for a, b in zip(whole[:3], cut[:3], strict=True))
-    for one, other in zip(whole[3:], cut[3:], strict=True):  # summed in pieces: FP32, a few thousand terms
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 * float(one.abs().max()))
-
-
-def run_with_seed(case: Case, layer: kt_sft.CpuExperts, term: Term) -> list[torch.Tensor]:
-    torch.manual_seed(1)
-    return run(case, layer, term)
+    for results in (whole, cut):
+        found = excesses(case, tier, layers[0], term, results, dropout)
+        assert max(found.values()) <= 1, found
 
 
 @pytest.mark.parametrize("name", NAMES[3:])
