@@ -27,7 +27,8 @@ logger = logging.getLogger("kt_sft")
 _STATE = "trainer_state.json"
 _ADAPTER = "adapter_model.safetensors"
 #: Without these a resumed run would start its optimizer, schedule and random numbers anew, without a word.
-_RESUMED_STATES = ("optimizer.pt", "scheduler.pt", "rng_state*.pth")
+_RESUMED_STATES = ("optimizer.pt", "scheduler.pt")
+_RANDOM, _RANDOM_OF_RANK = "rng_state.pth", re.compile(r"rng_state_(\d+)\.pth")
 _NUMBERED = re.compile(r"checkpoint-(\d+)")
 
 
@@ -155,10 +156,26 @@ def _defect(folder: Path, training_args: Any) -> str | None:
         except CheckpointError as error:
             return str(error)
     if not training_args.save_only_model and not training_args.deepspeed:
-        for pattern in _RESUMED_STATES:
-            if not any(folder.glob(pattern)):
-                return f"{pattern} is missing"
+        for name in (*_RESUMED_STATES, *_random_states(folder, training_args)):
+            if not (folder / name).is_file():
+                return f"{name} is missing"
     for file in sorted({*folder.glob("*.pt"), *folder.glob("*.pth")}):
         if not zipfile.is_zipfile(file):  # torch.save writes archives, their directory last
             return f"{file.name} is cut off"
     return None
+
+
+def _random_states(folder: Path, training_args: Any) -> list[str]:
+    """The files of random numbers that a checkpoint must have: of each process of this machine, or of the one there is.
+
+    A run may go on with another number of processes than it was started with. Its random numbers then begin anew, as
+    the Trainer says; what the other run must have left is asked for all the same.
+    """
+    ranks = {int(match[1]) for file in folder.iterdir() if (match := _RANDOM_OF_RANK.fullmatch(file.name))}
+    if training_args.world_size > 1 and (ranks or not (folder / _RANDOM).is_file()):
+        local_rank, processes = local_rank_and_size()
+        first = training_args.process_index - local_rank
+        return [f"rng_state_{rank}.pth" for rank in range(first, first + processes)]
+    if training_args.world_size == 1 and ranks and not (folder / _RANDOM).is_file():
+        return [f"rng_state_{rank}.pth" for rank in range(max(2, max(ranks) + 1))]
+    return [_RANDOM]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from kt_sft.config import ConfigError
+from kt_sft.integrations.checkpoints import check_complete
 from kt_sft.integrations.llamafactory import ABSENT
 from kt_sft.loading.errors import CheckpointError
 
@@ -206,6 +208,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "optimizer cut off": (lambda folder: cut(folder / "optimizer.pt"), "optimizer.pt is cut off"),
     "optimizer not written": (lambda folder: (folder / "optimizer.pt").unlink(), "optimizer.pt is missing"),
     "schedule not written": (lambda folder: (folder / "scheduler.pt").unlink(), "scheduler.pt is missing"),
+    "random numbers not written": (lambda folder: (folder / "rng_state.pth").unlink(), "rng_state.pth is missing"),
     "random numbers empty": (lambda folder: (folder / "rng_state.pth").write_bytes(b""), "rng_state.pth is cut off"),
 }
 
@@ -254,6 +257,43 @@ class TestDamagedCheckpoint:
         cut(folder / "adapter_model.safetensors")
         with pytest.raises(CheckpointError, match=str(folder / "adapter_model.safetensors")):
             parse(kt_sft={}, resume_from_checkpoint=str(folder))
+
+    @pytest.mark.parametrize(
+        ("present", "processes", "missing"),
+        [
+            ({0, 1}, 2, None),
+            ({0}, 2, 1),
+            ({1}, 2, 0),
+            (set(), 2, 0),
+            ({0, 2, 3}, 4, 1),
+            ({None}, 2, None),  # of a run in one process: random numbers begin anew, as the Trainer says
+            ({0, 1}, 1, None),  # of a run in two
+            ({0}, 1, 1),
+            ({0, 2}, 1, 1),
+        ],
+    )
+    def test_random_numbers_of_every_process(
+        self,
+        present: set[int | None],
+        processes: int,
+        missing: int | None,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        folder = write_checkpoint(tmp_path / "checkpoint-2", ATTENTION)
+        (folder / "rng_state.pth").unlink()
+        for rank in present:
+            torch.save({}, folder / ("rng_state.pth" if rank is None else f"rng_state_{rank}.pth"))
+        monkeypatch.setenv("LOCAL_RANK", str(processes - 1))  # every process must come to the same answer
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+        arguments = SimpleNamespace(
+            world_size=processes, process_index=processes - 1, save_only_model=False, deepspeed=None
+        )
+        if missing is None:
+            check_complete(str(folder), arguments)
+        else:
+            with pytest.raises(ConfigError, match=f"no complete checkpoint: rng_state_{missing}.pth is missing"):
+                check_complete(str(folder), arguments)
 
     def test_training_starts_anew_where_none_is_complete(self, parse: Callable[..., Any], tmp_path: Path) -> None:
         folder = write_checkpoint(tmp_path / "out" / "checkpoint-2", ATTENTION)
