@@ -155,27 +155,27 @@ class ExpertLora(nn.Module, LoraLayer):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ExpertLora:
         # `to`, `cuda`, `half` and their like, of this module and of any around it.
-        return super()._apply(self._keeping_in_host_memory(fn) if self.in_host_memory else fn, recurse)
+        return super()._apply(_kept_in_host_memory(fn) if self.in_host_memory else fn, recurse)
 
     @property
     def in_host_memory(self) -> bool:
         """Whether adapters stay there, as FP32, wherever the model is moved and whatever it is cast to."""
         return self.experts.config.lora_memory == "host"
 
-    @staticmethod
-    def _keeping_in_host_memory(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        def kept(tensor: Tensor) -> Tensor:
-            if tensor.device.type == "cpu":
-                return tensor
-            return fn(tensor).to("cpu", torch.float32)  # as `to_empty` of one that is on the meta device
-
-        return kept
-
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # The experts themselves are on none; masters are FP32 whatever the model is.
         for layers in (self.lora_A, self.lora_B):
             if all(weight.device.type != "meta" for weight in layers[adapter_name].parameters()):
                 layers[adapter_name].to(device or self.device, torch.float32)
+
+    def train(self, mode: bool = True) -> ExpertLora:
+        """As every module's. When the mode changes the engine sees what was written through `.data`, uncounted.
+
+        Averaged weights, for one, are put in place like this to be evaluated.
+        """
+        if mode != self.training:
+            self.experts.forget_adapters()
+        return super().train(mode)
 
     def _weights(self, adapter_name: str) -> tuple[Tensor, Tensor]:
         a, b = self.lora_A[adapter_name].weight, self.lora_B[adapter_name].weight
@@ -370,6 +370,11 @@ class _Merged:
         with torch.inference_mode(False):  # as in `merge`
             changes += [_change(experts, parts) for parts in self._parts.values()]
             return concatenate(changes) if changes else None
+
+
+def _kept_in_host_memory(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    # What is not there yet is on the meta device, and comes by `to_empty`.
+    return lambda tensor: tensor if tensor.device.type == "cpu" else fn(tensor).to("cpu", torch.float32)
 
 
 def _snapshot(factors: Factors) -> tuple[Tensor, Tensor]:

@@ -27,7 +27,7 @@ _HOOKS = {
     "llamafactory.model.model_utils.quantization": ("kt_sft.integrations.llamafactory", "extend_quantization"),
     "llamafactory.model.patcher": ("kt_sft.integrations.llamafactory", "check_loaded_model"),
     "peft.tuners.lora.model": ("kt_sft.integrations.peft", "extend_lora_model"),
-    "peft.tuners.lora.config": ("kt_sft.integrations.peft", "extend_lora_config"),
+    "peft.tuners.lora.config": ("kt_sft.integrations.peft_configs", "extend_lora_config"),
     "peft.peft_model": ("kt_sft.integrations.peft", "extend_peft_model"),
     "llamafactory.v1.plugins.model_plugins.peft": ("kt_sft.integrations.llamafactory", "extend_v1_adapters"),
     "llamafactory.v1.plugins.model_plugins.quantization": ("kt_sft.integrations.llamafactory", "register_v1"),

@@ -10,11 +10,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -22,12 +20,11 @@ import torch
 from packaging.version import InvalidVersion, Version
 from torch import nn
 
+from kt_sft.integrations.peft_configs import restore_dropout, stored_config
+
 if TYPE_CHECKING:
     from kt_sft.experts import CpuExperts
     from kt_sft.lora import ExpertLora
-
-#: The file beside adapter_config.json that keeps what PEFT would not load from there, and where a loaded config has it.
-_BESIDE, _TRAINED_WITH = "kt_sft_adapter.json", "_kt_sft_dropout"
 
 #: Settings of a LoraConfig that adapters on experts do not have, with the way out.
 _EXCLUDED = {
@@ -73,9 +70,8 @@ def extend_lora_model(module: ModuleType) -> None:
 
     @functools.wraps(inject_adapter)
     def inject_with_dropout(self: Any, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        config = self.peft_config[adapter_name]
-        if hasattr(config, _TRAINED_WITH) and _has_experts(model):
-            config.lora_dropout = getattr(config, _TRAINED_WITH)
+        if _has_experts(model):
+            restore_dropout(self.peft_config[adapter_name])
         inject_adapter(self, model, adapter_name, *args, **kwargs)
 
     model_class.inject_adapter = inject_with_dropout
@@ -96,7 +92,7 @@ def extend_peft_model(module: ModuleType) -> None:
     def load_adapter(self: Any, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
         if not _has_experts(self):
             return load(self, model_id, adapter_name, *args, **kwargs)
-        stored = _stored_config(model_id, kwargs)
+        stored = stored_config(model_id, kwargs)
         if stored.get("peft_type") != "LORA":  # of no other kind there is anything on experts
             return load(self, model_id, adapter_name, *args, **kwargs)
         if adapter_name in self.peft_config:
@@ -109,53 +105,6 @@ def extend_peft_model(module: ModuleType) -> None:
         return result
 
     model_class.load_adapter = load_adapter
-
-
-def extend_lora_config(module: ModuleType) -> None:
-    """Wraps saving and loading of a `LoraConfig`: PEFT loads none that has both `target_parameters` and dropout.
-
-    What is saved then says dropout 0, and the value lies beside it for training to go on with.
-
-    Args:
-        module: `peft.tuners.lora.config`.
-    """
-    config_class: Any = module.LoraConfig
-    save, load = config_class.save_pretrained, config_class.from_pretrained.__func__
-
-    @functools.wraps(save)
-    def save_pretrained(self: Any, save_directory: Any, **kwargs: Any) -> None:
-        dropout = self.lora_dropout if self.target_parameters else 0.0
-        config = self
-        if dropout:
-            config = copy.copy(self)
-            config.lora_dropout = 0.0
-        save(config, save_directory, **kwargs)
-        beside = Path(save_directory, _BESIDE)
-        if dropout:
-            beside.write_text(json.dumps({"lora_dropout": dropout}), encoding="utf-8")
-        else:
-            beside.unlink(missing_ok=True)
-
-    @functools.wraps(load)
-    def from_pretrained(cls: type, path: Any, subfolder: str | None = None, **kwargs: Any) -> Any:
-        config = load(cls, path, subfolder, **kwargs)
-        beside = Path(path, subfolder or "", _BESIDE)
-        if beside.is_file():
-            setattr(config, _TRAINED_WITH, _dropout_in(beside))
-        return config
-
-    config_class.save_pretrained = save_pretrained
-    config_class.from_pretrained = classmethod(from_pretrained)
-
-
-def _dropout_in(path: Path) -> float:
-    try:
-        dropout = json.loads(path.read_text(encoding="utf-8"))["lora_dropout"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"kt_sft: {path} does not say an adapter's lora_dropout ({error!r})") from error
-    if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
-        raise ValueError(f"kt_sft: {path} says lora_dropout {dropout!r}, which must be at least 0 and less than 1")
-    return dropout
 
 
 def target_parameters(model: nn.Module) -> list[str]:
@@ -319,23 +268,6 @@ def _orientation(model: nn.Module, stored: Mapping[str, Any]) -> Iterator[None]:
     finally:
         for experts in modules:
             experts.loaded_a_meets_inputs = None
-
-
-def _stored_config(model_id: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The adapter_config.json that PEFT is going to read."""
-    from huggingface_hub import hf_hub_download
-    from peft.utils import CONFIG_NAME
-
-    subfolder = settings.get("subfolder")
-    path = Path(model_id, subfolder or "", CONFIG_NAME)
-    if not path.is_file():
-        names = ("revision", "cache_dir", "token")
-        hub = {name: settings[name] for name in names if settings.get(name) is not None}
-        path = Path(hf_hub_download(str(model_id), CONFIG_NAME, subfolder=subfolder, **hub))
-    stored = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(stored, dict):
-        raise ValueError(f"kt_sft: {path} is no adapter's config")
-    return stored
 
 
 #: What an adapter must have in common with the one that its tensors are loaded into. Targets can be written in several

@@ -13,7 +13,7 @@ import pytest
 import torch
 from adapted_models import EXPERTS, adapted, assert_close, load, logits, tensors
 from families import FAMILIES, make
-from peft import PeftModel
+from peft import AutoPeftModel, PeftConfig, PeftModel
 from rounding_noise import UNIT_ROUNDOFF, bounds_of_rounding
 
 import kt_sft
@@ -133,6 +133,23 @@ def test_copies_share_weights_but_not_adapters(tiny_moe: Path) -> None:
     assert "parameter_name='down_proj'" in repr(layers[0])
 
 
+def test_a_change_of_mode_shows_what_was_written_through_data(tiny_moe: Path) -> None:
+    """As averaged weights are put in place for evaluation: autograd does not count it, and no optimizer steps."""
+    model = adapted(load(tiny_moe), target_modules=[]).train()
+    other = adapted(load(tiny_moe), seed=7, target_modules=[])
+    expected = logits(other)
+    ids = torch.arange(48).reshape(2, 24)
+    assert not torch.allclose(model(input_ids=ids).logits, expected)
+    for value, average in zip(tensors(model).values(), tensors(other).values(), strict=True):
+        value.data.copy_(average)
+    assert torch.equal(logits(model), expected)
+    layer = model.base_model.model.model.layers[0].mlp.experts
+    operands = layer.experts._operands._last
+    model.eval()
+    logits(model)
+    assert layer.experts._operands._last is operands  # the same mode again costs nothing
+
+
 class TestDropout:
     IDS = torch.arange(48).reshape(2, 24)
 
@@ -183,6 +200,45 @@ class TestDropout:
         assert (tmp_path / "again" / "kt_sft_adapter.json").read_bytes() == (
             tmp_path / "kt_sft_adapter.json"
         ).read_bytes()
+
+    @pytest.mark.parametrize("where", ["hub", "config given", "config changed", "auto"])
+    def test_wherever_an_adapter_comes_from_training_goes_on_with_it(
+        self, tiny_moe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+    ) -> None:
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        repository = tmp_path / "models--tiny--adapter"
+        folder = repository / "snapshots" / "0"
+        adapted(load(tiny_moe), lora_dropout=0.3).save_pretrained(folder)
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text("0")
+        settings: dict[str, Any] = {"is_trainable": True}
+        adapter = str(folder)
+        if where == "hub":
+            adapter, settings = "tiny/adapter", settings | {"cache_dir": str(tmp_path)}
+        if "config" in where:
+            settings["config"] = PeftConfig.from_pretrained(adapter)
+        if where == "config changed":
+            settings["config"].lora_dropout = 0.2
+
+        if where == "auto":
+            model = AutoPeftModel.from_pretrained(adapter, quantization_config=kt_sft.KTConfig(), **settings)
+            assert any(isinstance(module, ExpertLora) for module in model.modules())
+        else:
+            model = PeftModel.from_pretrained(load(tiny_moe), adapter, **settings)
+
+        layers = [module for module in model.modules() if isinstance(module, ExpertLora)]
+        assert {layer.dropout("default") for layer in layers} == {0.2 if where == "config changed" else 0.3}
+
+    def test_a_cache_without_its_file_is_told_of(
+        self, tiny_moe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        repository = tmp_path / "models--tiny--adapter"
+        adapted(load(tiny_moe)).save_pretrained(repository / "snapshots" / "0")
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text("0")
+        PeftModel.from_pretrained(load(tiny_moe), "tiny/adapter", cache_dir=str(tmp_path))
+        assert "its cache has no kt_sft_adapter.json of tiny/adapter" in caplog.text
 
     def test_beside_other_adapters_it_is_refused(self, tiny_moe: Path) -> None:
         model = adapted(adapted(load(tiny_moe), lora_dropout=0.3), name="other").train()

@@ -1,0 +1,140 @@
+"""Where kt_sft attaches to PEFT's configs: adapters on experts keep their dropout beside the file that PEFT reads."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+logger = logging.getLogger("kt_sft")
+
+#: The file beside adapter_config.json that keeps what PEFT would not load from there.
+_BESIDE = "kt_sft_adapter.json"
+
+#: Where a config that was loaded says from what: an adapter, and the settings that PEFT was given to load it.
+_SOURCE = "_kt_sft_source"
+
+
+def extend_lora_config(module: ModuleType) -> None:
+    """Wraps saving and loading of a `LoraConfig`: PEFT loads none that has both `target_parameters` and dropout.
+
+    What is saved then says dropout 0, and the value lies beside it for training to go on with.
+
+    Args:
+        module: `peft.tuners.lora.config`.
+    """
+    config_class: Any = module.LoraConfig
+    owner: Any = next(base for base in config_class.__mro__ if "from_pretrained" in vars(base))
+    save, load = config_class.save_pretrained, owner.from_pretrained.__func__
+
+    @functools.wraps(save)
+    def save_pretrained(self: Any, save_directory: Any, **kwargs: Any) -> None:
+        dropout = self.lora_dropout if self.target_parameters else 0.0
+        config = self
+        if dropout:
+            config = copy.copy(self)
+            config.lora_dropout = 0.0
+        save(config, save_directory, **kwargs)
+        beside = Path(save_directory, _BESIDE)
+        if dropout:
+            beside.write_text(json.dumps({"lora_dropout": dropout}), encoding="utf-8")
+        else:
+            beside.unlink(missing_ok=True)
+
+    @functools.wraps(load)
+    def from_pretrained(
+        cls: type, pretrained_model_name_or_path: Any, subfolder: str | None = None, **kwargs: Any
+    ) -> Any:
+        config = load(cls, pretrained_model_name_or_path, subfolder, **kwargs)
+        if isinstance(config, config_class):
+            setattr(config, _SOURCE, (pretrained_model_name_or_path, kwargs | {"subfolder": subfolder}))
+        return config
+
+    config_class.save_pretrained = save_pretrained
+    # For configs that are asked for as PeftConfig, too: so a user, or AutoPeftModel, gets the one of a folder.
+    owner.from_pretrained = classmethod(from_pretrained)
+
+
+def restore_dropout(config: Any) -> None:
+    """Gives a config that was loaded the dropout that its adapter was trained with.
+
+    Args:
+        config: Of an adapter that is about to be put on a model with experts in the engine. One that has been made or
+            given a dropout by hand keeps its own.
+
+    Raises:
+        ValueError: What lies beside the adapter's config cannot be read.
+    """
+    source = getattr(config, _SOURCE, None)
+    if source is None or not getattr(config, "target_parameters", None) or config.lora_dropout:
+        return
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    try:
+        config.lora_dropout = _dropout_in(_file_of(source[0], _BESIDE, source[1]))
+    except LocalEntryNotFoundError:
+        logger.warning(
+            "the hub is out of reach and its cache has no %s of %s, which would say a dropout on experts that it was "
+            "trained with; if it is trained on, that is without",
+            _BESIDE,
+            source[0],
+        )
+    except EntryNotFoundError:
+        pass
+
+
+def _dropout_in(path: Path) -> float:
+    try:
+        dropout = json.loads(path.read_text(encoding="utf-8"))["lora_dropout"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"kt_sft: {path} does not say an adapter's lora_dropout ({error!r})") from error
+    if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+        raise ValueError(f"kt_sft: {path} says lora_dropout {dropout!r}, which must be at least 0 and less than 1")
+    return dropout
+
+
+def stored_config(model_id: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The adapter_config.json that PEFT is going to read.
+
+    Args:
+        model_id: A folder, or a repository's id on the hub.
+        settings: Keyword arguments that PEFT was given to load the adapter.
+
+    Raises:
+        ValueError: It is none.
+    """
+    from peft.utils import CONFIG_NAME
+
+    path = _file_of(model_id, CONFIG_NAME, settings)
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"kt_sft: {path} is no adapter's config ({error})") from error
+    if not isinstance(stored, dict):
+        raise ValueError(f"kt_sft: {path} is no adapter's config")
+    return stored
+
+
+def _file_of(model_id: Any, name: str, settings: Mapping[str, Any]) -> Path:
+    """A file of an adapter, in its folder or, downloaded, in the hub's cache.
+
+    Raises:
+        EntryNotFoundError: There is none.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    subfolder = settings.get("subfolder")
+    path = Path(model_id, subfolder or "", name)
+    if path.is_file():
+        return path
+    if Path(model_id).is_dir():
+        raise EntryNotFoundError(f"kt_sft: {path.parent} has no {name}")
+    names = ("revision", "cache_dir", "token", "local_files_only")
+    hub = {key: settings[key] for key in names if settings.get(key) is not None}
+    return Path(hf_hub_download(str(model_id), name, subfolder=subfolder, **hub))
