@@ -28,11 +28,10 @@ import yaml
 from quickstart_steps.corpus import NEW_SKILL, skill_examples
 from quickstart_steps.dataset import HELD_OUT_EXAMPLES
 from quickstart_steps.inference import export_merged, inference_arguments
-from quickstart_steps.processes import REPOSITORY, StepError, run_step
-from quickstart_steps.report import MOST_DIFFERENCE_TO_STOCK, Target
+from quickstart_steps.processes import REPOSITORY, exit_status, run_step
+from quickstart_steps.report import MOST_DIFFERENCE_TO_STOCK, Target, new_table, print_targets
 from quickstart_steps.training import WITHOUT_PLUGIN, TrainingRun, load_recipe, train_with_engine
 from rich.console import Console
-from rich.table import Table
 
 QUESTIONS = 8
 #: Early enough that LoRA on attention alone has not learnt all of the skill, or there would be nothing to compare.
@@ -170,9 +169,8 @@ def build_report(
 
 def print_report(console: Console, report: dict[str, Any], targets: list[Target]) -> None:
     """Prints the table that a user came for."""
-    table = Table(title="the base model learns to reverse words; LoRA on attention, and on attention and experts")
-    for heading in ("", "base", "attention", "attention + experts"):
-        table.add_column(heading, justify="left" if not heading else "right")
+    title = "the base model learns to reverse words; LoRA on attention, and on attention and experts"
+    table = new_table(title, "base", "attention", "attention + experts")
     scores, old = report["exact_match"], report["base_skills"]
     names = ("base", "attention", "experts")
     table.add_row("training steps", "", *(str(report["steps"][name]) for name in names[1:]))
@@ -188,9 +186,7 @@ def print_report(console: Console, report: dict[str, Any], targets: list[Target]
     console.print(f"over HTTP, {report['right_answers']} of {len(asked)} answers are right:", highlight=False)
     for answer in asked:
         console.print(f"  {answer['question']!r} -> {answer['answer']!r}", highlight=False)
-    for target in targets:
-        mark = "[green]reached[/]" if target.reached else "[red]MISSED[/]"
-        console.print(f"{mark}  {target.statement}: {target.value:.3g}", highlight=False)
+    print_targets(console, targets)
 
 
 def example(options: Options, console: Console) -> bool:
@@ -231,14 +227,7 @@ def example(options: Options, console: Console) -> bool:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns its exit status."""
-    try:
-        reached = example(parse_options(arguments), Console())
-    except StepError as error:
-        print(f"expert_lora_example: {error}", file=sys.stderr)
-        return 1
-    if not reached:
-        print("expert_lora_example: a target was missed (see above)", file=sys.stderr)
-    return 0 if reached else 1
+    return exit_status("expert_lora_example", lambda: example(parse_options(arguments), Console()))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from typing import Any
 
 from quickstart_steps.corpus import NEW_SKILL, skill_examples
 from quickstart_steps.inference import export_merged, inference_arguments
-from quickstart_steps.processes import REPOSITORY, StepError, run_step
+from quickstart_steps.processes import REPOSITORY, exit_status, run_step
 from quickstart_steps.report import build_figures, check_targets, draw_losses, print_report
 from quickstart_steps.training import TrainingRun, load_recipe, train_stock, train_with_engine
 from rich.console import Console
@@ -193,15 +193,7 @@ def quickstart(options: Options, console: Console) -> bool:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns its exit status."""
-    console = Console()
-    try:
-        reached = quickstart(parse_options(arguments), console)
-    except StepError as error:
-        print(f"quickstart: {error}", file=sys.stderr)
-        return 1
-    if not reached:
-        print("quickstart: a target was missed (see above)", file=sys.stderr)
-    return 0 if reached else 1
+    return exit_status("quickstart", lambda: quickstart(parse_options(arguments), Console()))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 SCRIPTS = Path(__file__).resolve().parent.parent
@@ -85,3 +86,19 @@ def run_step(module: str, arguments: list[str], log: Path, environment: dict[str
 def llamafactory_cli() -> str:
     """The `llamafactory-cli` installed beside this Python."""
     return str(Path(sys.executable).parent / "llamafactory-cli")
+
+
+def exit_status(program: str, steps: Callable[[], bool]) -> int:
+    """Runs a program's steps, which say whether all targets were reached, and says what went wrong.
+
+    Returns:
+        0 where they were, else 1.
+    """
+    try:
+        reached = steps()
+    except StepError as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        return 1
+    if not reached:
+        print(f"{program}: a target was missed (see above)", file=sys.stderr)
+    return 0 if reached else 1

@@ -73,11 +73,30 @@ def check_targets(figures: dict[str, Any], required_gain: float) -> list[Target]
     ]
 
 
+def new_table(title: str, *headings: str) -> Table:
+    """A table that compares what the columns are about; rows begin with what they compare."""
+    table = Table(title=title)
+    table.add_column("")
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    return table
+
+
+def print_targets(console: Console, targets: list[Target]) -> None:
+    """Prints what was to be reached, with the value that it came to."""
+    for target in targets:
+        mark = "[green]reached[/]" if target.reached else "[red]MISSED[/]"
+        console.print(f"{mark}  {target.statement}: {target.value:.3g}", highlight=False)
+
+
 def print_report(console: Console, figures: dict[str, Any], answer: dict[str, str], targets: list[Target]) -> None:
     """Prints the table that a user came for."""
-    table = Table(title="the base model learns to reverse words; experts on kt_sft, and on stock LLaMA-Factory")
-    for heading in ("", "base", "kt_sft", "stock"):
-        table.add_column(heading, justify="left" if not heading else "right")
+    table = new_table(
+        "the base model learns to reverse words; experts on kt_sft, and on stock LLaMA-Factory",
+        "base",
+        "kt_sft",
+        "stock",
+    )
     old = figures["base_skills"]
     table.add_row(
         "exact match on held-out words, reverse",
@@ -105,9 +124,7 @@ def print_report(console: Console, figures: dict[str, Any], answer: dict[str, st
     )
     console.print(table)
     console.print(f"asked {answer['question']!r}, the tuned model answers {answer['answer']!r}", highlight=False)
-    for target in targets:
-        mark = "[green]reached[/]" if target.reached else "[red]MISSED[/]"
-        console.print(f"{mark}  {target.statement}: {target.value:.3f}", highlight=False)
+    print_targets(console, targets)
 
 
 def draw_losses(engine: TrainingRun, stock: TrainingRun, path: Path) -> None:
