@@ -7,8 +7,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 BIN = Path(sys.executable).parent
+
+#: What makes a recipe one with adapters on experts.
+LORA_EXPERTS: dict[str, Any] = {"kt_sft": {"lora_experts": True}, "lora_target": "all", "lora_dropout": 0.1}
 
 #: No network, and threads that do not fight with those of other processes of this machine.
 ENVIRONMENT = {

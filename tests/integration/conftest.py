@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 from checkpoints import Change, rewrite
+from commands import LORA_EXPERTS, run_command
 
 
 @pytest.fixture(scope="session")
@@ -41,6 +42,20 @@ def base_recipe(tiny_moe: Path, tiny_data: Path) -> dict[str, Any]:
         "use_cpu": True,
         "seed": 7,
     }
+
+
+@pytest.fixture(scope="session")
+def lora_experts_run(base_recipe: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an uninterrupted run of four steps with adapters on attention and experts.
+
+    It has checkpoints after the second and the fourth; to be read only.
+    """
+    folder = tmp_path_factory.mktemp("lora_experts")
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(base_recipe | LORA_EXPERTS | {"output_dir": str(folder / "out")}))
+    result = run_command(["llamafactory-cli", "train", str(recipe)])
+    assert result.returncode == 0, result.stdout
+    return folder / "out"
 
 
 @pytest.fixture

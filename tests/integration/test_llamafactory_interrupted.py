@@ -9,26 +9,10 @@ import signal
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import pytest
 import torch
-import yaml
-from commands import BIN, ENVIRONMENT, run_command, train_losses
+from commands import BIN, ENVIRONMENT, LORA_EXPERTS, run_command, train_losses
 from safetensors.torch import load_file
-
-BLOCK: dict[str, Any] = {"kt_sft": {"lora_experts": True}, "lora_target": "all", "lora_dropout": 0.1}
-
-
-@pytest.fixture(scope="module")
-def whole(base_recipe: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of an uninterrupted run of four steps, with checkpoints after the second and the fourth."""
-    folder = tmp_path_factory.mktemp("whole")
-    recipe = folder / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump(base_recipe | BLOCK | {"output_dir": str(folder / "out")}))
-    result = run_command(["llamafactory-cli", "train", str(recipe)])
-    assert result.returncode == 0, result.stdout
-    return folder / "out"
 
 
 def kill_while_writing(file: Path, recipe: Path, log: Path) -> None:
@@ -57,23 +41,23 @@ def kill_while_writing(file: Path, recipe: Path, log: Path) -> None:
 
 
 def test_a_run_after_a_kill_resumes_from_the_newest_complete_checkpoint(
-    whole: Path, write_recipe: Callable[..., Path], tmp_path: Path
+    lora_experts_run: Path, write_recipe: Callable[..., Path], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
     # Of an earlier run: its files must not complete the ones of the run that writes over them.
-    shutil.copytree(whole / "checkpoint-4", out / "checkpoint-4")
+    shutil.copytree(lora_experts_run / "checkpoint-4", out / "checkpoint-4")
     (out / "checkpoint-4" / "optimizer.pt").unlink()
 
-    kill_while_writing(out / "checkpoint-4" / "optimizer.pt", write_recipe(**BLOCK), tmp_path / "log")
+    kill_while_writing(out / "checkpoint-4" / "optimizer.pt", write_recipe(**LORA_EXPERTS), tmp_path / "log")
 
     assert (out / "checkpoint-2" / "trainer_state.json").is_file()
     assert not (out / "checkpoint-4" / "trainer_state.json").exists()
-    result = run_command(["llamafactory-cli", "train", str(write_recipe(**BLOCK, overwrite_output_dir=None))])
+    result = run_command(["llamafactory-cli", "train", str(write_recipe(**LORA_EXPERTS, overwrite_output_dir=None))])
     assert result.returncode == 0, result.stdout
     skipped = f"skipped as incomplete, as after a kill: {out / 'checkpoint-4'} (trainer_state.json"
     assert skipped in result.stdout
     assert f"training resumes from {out / 'checkpoint-2'}" in result.stdout
-    assert train_losses(out) == train_losses(whole)
+    assert train_losses(out) == train_losses(lora_experts_run)
     for folder in ("", "checkpoint-4"):
-        resumed, reference = (load_file(run / folder / "adapter_model.safetensors") for run in (out, whole))
+        resumed, reference = (load_file(run / folder / "adapter_model.safetensors") for run in (out, lora_experts_run))
         assert all(torch.equal(resumed[key], reference[key]) for key in reference)

@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from adapted_models import assert_close, logits
-from commands import run_command, train_losses
+from commands import LORA_EXPERTS, run_command, train_losses
 from llamafactory.hparams import get_infer_args
 from llamafactory.model import load_model, load_tokenizer
 from peft import PeftModel
@@ -23,54 +22,48 @@ from transformers import AutoModelForCausalLM
 import kt_sft
 from kt_sft.config import ConfigError
 
-BLOCK: dict[str, Any] = {"kt_sft": {"lora_experts": True}, "lora_target": "all", "lora_dropout": 0.1}
 WITHOUT_PLUGIN = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
 
 
-@pytest.fixture(scope="module")
-def trained(base_recipe: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of an uninterrupted run with adapters on attention and experts."""
-    folder = tmp_path_factory.mktemp("trained")
-    recipe = folder / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump(base_recipe | BLOCK | {"output_dir": str(folder / "out")}))
-    result = run_command(["llamafactory-cli", "train", str(recipe)])
-    assert result.returncode == 0, result.stdout
-    return folder / "out"
-
-
-def test_it_learns_on_experts_and_says_so_in_the_adapter(trained: Path) -> None:
-    losses = train_losses(trained)
+def test_it_learns_on_experts_and_says_so_in_the_adapter(lora_experts_run: Path) -> None:
+    losses = train_losses(lora_experts_run)
     assert losses[-1] < losses[0]
-    values = load_file(trained / "adapter_model.safetensors")
+    values = load_file(lora_experts_run / "adapter_model.safetensors")
     on_experts = [key for key in values if ".mlp.experts." in key]
     assert len(on_experts) == 2 * 2 * 2  # layers, parameters, sides
     assert all(values[key].any() and values[key].dtype == torch.float32 for key in on_experts)
-    config = json.loads((trained / "adapter_config.json").read_text())
+    config = json.loads((lora_experts_run / "adapter_config.json").read_text())
     assert sorted(config["target_parameters"]) == ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"]
     assert "q_proj" in config["target_modules"]
     assert config["lora_dropout"] == 0  # PEFT loads no other with target_parameters
-    assert json.loads((trained / "kt_sft_adapter.json").read_text()) == {"lora_dropout": 0.1}
+    assert json.loads((lora_experts_run / "kt_sft_adapter.json").read_text()) == {"lora_dropout": 0.1}
 
 
-def test_resume_continues_as_if_uninterrupted(trained: Path, write_recipe: Callable[..., Path], tmp_path: Path) -> None:
-    recipe = write_recipe(**BLOCK, resume_from_checkpoint=str(trained / "checkpoint-2"), overwrite_output_dir=None)
+def test_resume_continues_as_if_uninterrupted(
+    lora_experts_run: Path, write_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    recipe = write_recipe(
+        **LORA_EXPERTS, resume_from_checkpoint=str(lora_experts_run / "checkpoint-2"), overwrite_output_dir=None
+    )
 
     result = run_command(["llamafactory-cli", "train", str(recipe)])
 
     assert result.returncode == 0, result.stdout
-    assert train_losses(tmp_path / "out") == train_losses(trained)
-    resumed, whole = (load_file(out / "adapter_model.safetensors") for out in (tmp_path / "out", trained))
+    assert train_losses(tmp_path / "out") == train_losses(lora_experts_run)
+    resumed, whole = (load_file(out / "adapter_model.safetensors") for out in (tmp_path / "out", lora_experts_run))
     assert all(torch.equal(resumed[key], whole[key]) for key in whole)
 
 
-def test_training_goes_on_from_an_adapter(trained: Path, write_recipe: Callable[..., Path], tmp_path: Path) -> None:
-    recipe = write_recipe(kt_sft={}, adapter_name_or_path=str(trained), max_steps=1)
+def test_training_goes_on_from_an_adapter(
+    lora_experts_run: Path, write_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    recipe = write_recipe(kt_sft={}, adapter_name_or_path=str(lora_experts_run), max_steps=1)
 
     result = run_command(["llamafactory-cli", "train", str(recipe)])
 
     assert result.returncode == 0, result.stdout
-    assert train_losses(tmp_path / "out")[0] < train_losses(trained)[0]
-    before, after = (load_file(out / "adapter_model.safetensors") for out in (trained, tmp_path / "out"))
+    assert train_losses(tmp_path / "out")[0] < train_losses(lora_experts_run)[0]
+    before, after = (load_file(out / "adapter_model.safetensors") for out in (lora_experts_run, tmp_path / "out"))
     assert before.keys() == after.keys()
     assert not any(torch.equal(before[key], after[key]) for key in before)
 
@@ -107,7 +100,7 @@ def stages(base_recipe: dict[str, Any], tiny_moe: Path, tmp_path_factory: pytest
     folder, recipes = tmp_path_factory.mktemp("stages"), []
     for name, changes in (STAGES | STOCK).items():
         changes = {key: str(tiny_moe) if value == "MODEL" else value for key, value in changes.items()}
-        recipe = base_recipe | BLOCK | {"max_steps": 2} | changes | {"output_dir": str(folder / name)}
+        recipe = base_recipe | LORA_EXPERTS | {"max_steps": 2} | changes | {"output_dir": str(folder / name)}
         recipes.append({key: value for key, value in recipe.items() if value is not None})
     script = (
         "import json, sys; from llamafactory.train.tuner import run_exp\n"
@@ -174,7 +167,9 @@ def test_two_processes_are_one_with_the_double_batch(
     stages: Path, write_recipe: Callable[..., Path], tmp_path: Path
 ) -> None:
     """Sums have another order, and Adam makes a whole step of a gradient's rounding near zero: 4 u, measured 0.1."""
-    recipe = write_recipe(**(BLOCK | STAGES["without dropout"]), per_device_train_batch_size=2, ddp_backend="gloo")
+    recipe = write_recipe(
+        **(LORA_EXPERTS | STAGES["without dropout"]), per_device_train_batch_size=2, ddp_backend="gloo"
+    )
     result = run_command(
         ["llamafactory-cli", "train", str(recipe)], environment={"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "2"}
     )
@@ -185,7 +180,7 @@ def test_two_processes_are_one_with_the_double_batch(
     )
 
 
-def test_a_process_without_kt_sft_computes_the_same(trained: Path, tiny_moe: Path, tmp_path: Path) -> None:
+def test_a_process_without_kt_sft_computes_the_same(lora_experts_run: Path, tiny_moe: Path, tmp_path: Path) -> None:
     script = (
         "import sys, torch\n"
         "from peft import PeftModel\n"
@@ -196,28 +191,28 @@ def test_a_process_without_kt_sft_computes_the_same(trained: Path, tiny_moe: Pat
         "with torch.no_grad():\n"
         "    torch.save(model(input_ids=torch.arange(48).reshape(2, 24)).logits, sys.argv[3])\n"
     )
-    arguments = ["python", "-c", script, str(tiny_moe), str(trained), str(tmp_path / "logits.pt")]
+    arguments = ["python", "-c", script, str(tiny_moe), str(lora_experts_run), str(tmp_path / "logits.pt")]
     result = run_command(arguments, environment=WITHOUT_PLUGIN)
     assert result.returncode == 0, result.stdout
 
     settings = {"dtype": torch.float32, "num_experts_per_tok": 8}  # no rounding sends a token elsewhere
     base = AutoModelForCausalLM.from_pretrained(tiny_moe, quantization_config=kt_sft.KTConfig(), **settings)
     without = logits(base)
-    adapted, theirs = PeftModel.from_pretrained(base, trained), torch.load(tmp_path / "logits.pt")
+    adapted, theirs = PeftModel.from_pretrained(base, lora_experts_run), torch.load(tmp_path / "logits.pt")
     assert_close(adapted, theirs)
     assert not torch.allclose(without, theirs, rtol=0.1, atol=0.1)
 
 
-def test_chat_api_and_export_merge_it(trained: Path, tiny_moe: Path) -> None:
+def test_chat_api_and_export_merge_it(lora_experts_run: Path, tiny_moe: Path) -> None:
     """They load a model with `adapter_name_or_path`, which LLaMA-Factory merges."""
-    arguments = {"model_name_or_path": str(tiny_moe), "adapter_name_or_path": str(trained), "template": "qwen"}
+    arguments = {"model_name_or_path": str(tiny_moe), "adapter_name_or_path": str(lora_experts_run), "template": "qwen"}
     model_args, _, finetuning_args, _ = get_infer_args(arguments | {"kt_sft": {}, "infer_dtype": "float32"})
     model = load_model(load_tokenizer(model_args)["tokenizer"], model_args, finetuning_args)
 
     experts = [module for module in model.modules() if isinstance(module, kt_sft.CpuExperts)]
     assert [module.merged.rank for module in experts] == [4, 4]
     settings = {"dtype": model.dtype, "quantization_config": kt_sft.KTConfig()}
-    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_moe, **settings), trained)
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_moe, **settings), lora_experts_run)
     for router in [*model.modules(), *adapted.modules()]:
         if hasattr(router, "top_k"):
             router.top_k = 8  # no rounding sends a token elsewhere
@@ -240,6 +235,6 @@ def test_a_dense_model_is_refused(parse: Callable[..., Any]) -> None:
 
     with torch.device("meta"):
         model = Qwen3ForCausalLM(Qwen3Config(num_hidden_layers=1, hidden_size=64, vocab_size=8))
-    model_args = parse(**BLOCK)[0]
+    model_args = parse(**LORA_EXPERTS)[0]
     with pytest.raises((ConfigError, ValueError), match="Qwen3ForCausalLM has no routed experts in the engine"):
         patcher.patch_model(model, None, model_args, is_trainable=True, add_valuehead=False)
