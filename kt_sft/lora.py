@@ -27,6 +27,8 @@ from kt_sft.experts import CpuExperts
 #: Ranks that an adapter may have.
 MOST_RANK = 256
 
+_LOADED_DTYPES = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
+
 
 def parameters_of(experts: CpuExperts) -> tuple[str, str]:
     """The parameters that adapters can be put on, as the model's own class of experts names them."""
@@ -169,10 +171,7 @@ class ExpertLora(nn.Module, LoraLayer):
                 layers[adapter_name].to(device or self.device, torch.float32)
 
     def train(self, mode: bool = True) -> ExpertLora:
-        """As every module's. When the mode changes the engine sees what was written through `.data`, uncounted.
-
-        Averaged weights, for one, are put in place like this to be evaluated.
-        """
+        """As every module's. With a change of mode the engine sees what was written through `.data`, as averages are."""
         if mode != self.training:
             self.experts.forget_adapters()
         return super().train(mode)
@@ -295,6 +294,8 @@ class ExpertLora(nn.Module, LoraLayer):
                 f"on {self.parameter_name} of {self.num_experts} experts has {(ranks, sizes[0])} and "
                 f"{(sizes[1], ranks)}. It is of another rank, or was made for another model"
             )
+        if not {a.dtype, b.dtype} <= _LOADED_DTYPES:
+            raise ValueError(f"kt_sft: {key} is {a.dtype}, its B {b.dtype}; adapters are kept in FP32, FP16 or BF16")
         if not (a.isfinite().all() and b.isfinite().all()):
             raise ValueError(f"kt_sft: {key} or its B has values that are not finite; the file is damaged")
         turned = stored != sizes

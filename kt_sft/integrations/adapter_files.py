@@ -20,7 +20,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,20 +122,30 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise AdapterFileError(f"{path} describes no LoRA adapter; only LoRA can be converted")
     if config.get("use_dora"):
         raise AdapterFileError(f"{path}: DoRA on routed experts is unknown to PEFT and to kt_sft; convert plain LoRA")
-    rank, alpha = config.get("r"), config.get("lora_alpha")
-    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
-        raise AdapterFileError(f"{path} has no usable rank and alpha: r is {rank!r}, lora_alpha is {alpha!r}")
-    _check_patterns(config, path)
+    check_numbers(config, str(path))
     return config
 
 
-def _check_patterns(config: dict[str, Any], path: Path) -> None:
+def check_numbers(config: Mapping[str, Any], path: str) -> None:
+    """Checks ranks, alphas and target parameters of a LoRA adapter's config, which PEFT takes for whatever they are.
+
+    Args:
+        config: As adapter_config.json has it.
+        path: What it is called in errors.
+
+    Raises:
+        AdapterFileError: One is not what it must be.
+    """
+    rank: Any = config.get("r")
+    alpha = config.get("lora_alpha")
+    if not _is_number(rank, int) or rank < 1 or not _is_number(alpha, (int, float)):
+        raise AdapterFileError(f"{path} has no usable rank and alpha: r is {rank!r}, lora_alpha is {alpha!r}")
     for name, kind in (("rank_pattern", int), ("alpha_pattern", (int, float))):
         patterns = config.get(name) or {}
         if not isinstance(patterns, dict):
             raise AdapterFileError(f"{path}: {name} is {patterns!r}, not an object of names and numbers")
         for pattern, value in patterns.items():
-            if not isinstance(value, kind) or not math.isfinite(value) or (kind is int and value < 1):
+            if not _is_number(value, kind) or (kind is int and value < 1):
                 raise AdapterFileError(f"{path}: {name} gives {pattern} {value!r}, which is no rank or alpha")
             try:
                 re.compile(pattern)
@@ -144,6 +154,15 @@ def _check_patterns(config: dict[str, Any], path: Path) -> None:
     targets = config.get("target_parameters")
     if targets is not None and not isinstance(targets, list):
         raise AdapterFileError(f"{path}: target_parameters is {targets!r}, not a list of names")
+
+
+def _is_number(value: Any, kind: type | tuple[type, ...]) -> bool:
+    return (
+        isinstance(value, int | float)
+        and isinstance(value, kind)
+        and not isinstance(value, bool)
+        and math.isfinite(value)
+    )
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ from kt_sft.loading.checkpoint import read_header
 
 _SAFETENSORS = "adapter_model.safetensors"
 _PICKLED = "adapter_model.bin"
+_CONFIG = "adapter_config.json"
 _MODEL = "model.safetensors"
 _PICKLED_MODEL = "pytorch_model.bin"
 
@@ -123,6 +124,7 @@ def _check_adapter_file(weights: Path, adapter: str) -> str | None:
             f"kt_sft: the adapter {adapter} keeps its weights in {_PICKLED}, a pickle, which cannot be inspected "
             f"safely; convert it to {_SAFETENSORS}"
         )
+    _check_adapter_config(weights.parent / _CONFIG, adapter)
     trained = _experts_key(read_header(weights))
     if trained and _OF_ONE_EXPERT.search(trained):
         raise ConfigError(
@@ -130,6 +132,24 @@ def _check_adapter_file(weights: Path, adapter: str) -> str | None:
             "either; turn it into PEFT's with `kt-sft convert-adapter`"
         )
     return trained
+
+
+def _check_adapter_config(path: Path, adapter: str) -> None:
+    """PEFT reads it when the model has been loaded, and takes ranks and alphas for whatever they are."""
+    from kt_sft.integrations.adapter_files import check_numbers
+
+    if not path.is_file():
+        if Path(adapter).is_dir():  # of a repository it may not have been downloaded yet
+            raise ConfigError(f"kt_sft: the adapter {adapter} has no {_CONFIG}, without which its weights mean nothing")
+        return
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("it holds no JSON object")
+        if config.get("peft_type") == "LORA":
+            check_numbers(config, "it")
+    except ValueError as error:
+        raise ConfigError(f"kt_sft: the adapter {adapter} has no usable config, {path}: {error}") from error
 
 
 def _in_folder(folder: Path) -> Path | None:

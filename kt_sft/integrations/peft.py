@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import math
 import re
 from collections.abc import Iterator, Mapping
 from types import ModuleType
@@ -20,7 +19,7 @@ import torch
 from packaging.version import InvalidVersion, Version
 from torch import nn
 
-from kt_sft.integrations.peft_configs import restore_dropout, stored_config
+from kt_sft.integrations.peft_configs import check_weights, restore_dropout, stored_config
 
 if TYPE_CHECKING:
     from kt_sft.experts import CpuExperts
@@ -69,12 +68,17 @@ def extend_lora_model(module: ModuleType) -> None:
     inject_adapter = model_class.inject_adapter
 
     @functools.wraps(inject_adapter)
-    def inject_with_dropout(self: Any, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+    def inject_checked(self: Any, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        from kt_sft.integrations.adapter_files import check_numbers
+
+        config = self.peft_config[adapter_name]
         if _has_experts(model):
-            restore_dropout(self.peft_config[adapter_name])
+            restore_dropout(config)
+            if config.target_parameters:
+                check_numbers(config.to_dict(), f"kt_sft: the config of adapter {adapter_name!r}")
         inject_adapter(self, model, adapter_name, *args, **kwargs)
 
-    model_class.inject_adapter = inject_with_dropout
+    model_class.inject_adapter = inject_checked
     model_class._inject_parameters = _inject_parameters
     model_class._create_and_replace = _create_and_replace
 
@@ -97,6 +101,7 @@ def extend_peft_model(module: ModuleType) -> None:
             return load(self, model_id, adapter_name, *args, **kwargs)
         if adapter_name in self.peft_config:
             _check_same(model_id, stored, self.peft_config[adapter_name])
+        check_weights(model_id, kwargs)
         if len(args) < 2 and _in_host_memory(self):  # PEFT would read all of it to the accelerator first
             kwargs.setdefault("torch_device", "cpu")
         with _orientation(self, stored):
@@ -172,7 +177,7 @@ def _inject_experts(
         wanted = [parameter for parameter in possible if _is_target(f"{name}.{parameter}", targets)]
         if not wanted:
             continue
-        _check_config(peft_config)
+        _check_config(peft_config, experts)
         if not peft_config.inference_mode:
             check_parallel(experts.config)
         wanted_of[name] = experts, wanted
@@ -204,8 +209,6 @@ def _rank_and_alpha(peft_config: Any, key: str) -> tuple[int, float]:
     ranks, alphas = peft_config.rank_pattern, peft_config.alpha_pattern
     rank = ranks.get(get_pattern_key(ranks.keys(), key), peft_config.r)
     alpha = alphas.get(get_pattern_key(alphas.keys(), key), peft_config.lora_alpha)
-    if not isinstance(rank, int) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
-        raise ValueError(f"kt_sft: an adapter on {key} cannot have rank {rank!r} and alpha {alpha!r}; both are numbers")
     return rank, alpha
 
 
@@ -235,10 +238,12 @@ def _check_targets(name: str, possible: tuple[str, ...], targets: set[str]) -> N
             )
 
 
-def _check_config(peft_config: Any) -> None:
+def _check_config(peft_config: Any, experts: CpuExperts) -> None:
     for name, way_out in _EXCLUDED.items():
         if getattr(peft_config, name, None):
             raise ValueError(f"kt_sft: adapters on experts cannot have {name}; {way_out}")
+    if peft_config.bias == "all" and experts.store.gate_up_bias is not None:
+        raise ValueError("kt_sft: bias 'all' would train the experts' biases, frozen in the engine; use none")
 
 
 def _device(experts: CpuExperts, parent: nn.Module, model: nn.Module) -> torch.device:

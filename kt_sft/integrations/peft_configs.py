@@ -106,11 +106,17 @@ def stored_config(model_id: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
         settings: Keyword arguments that PEFT was given to load the adapter.
 
     Raises:
-        ValueError: It is none.
+        ValueError: It is none, or there is none.
     """
+    from huggingface_hub.errors import EntryNotFoundError, HFValidationError
     from peft.utils import CONFIG_NAME
 
-    path = _file_of(model_id, CONFIG_NAME, settings)
+    try:
+        path = _file_of(model_id, CONFIG_NAME, settings)
+    except (EntryNotFoundError, HFValidationError) as error:
+        raise ValueError(
+            f"kt_sft: {model_id} has no {CONFIG_NAME}: it is neither an adapter's folder nor its repository on the hub"
+        ) from error
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -118,6 +124,28 @@ def stored_config(model_id: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(stored, dict):
         raise ValueError(f"kt_sft: {path} is no adapter's config")
     return stored
+
+
+def check_weights(model_id: Any, settings: Mapping[str, Any]) -> None:
+    """Looks at the header of the weights that PEFT is going to read: what it says of damaged ones names no file.
+
+    Raises:
+        CheckpointError: They are cut off or damaged, or a local folder has none.
+    """
+    from huggingface_hub.errors import EntryNotFoundError
+    from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+
+    from kt_sft.loading.checkpoint import read_header
+    from kt_sft.loading.errors import CheckpointError
+
+    folder = Path(model_id, settings.get("subfolder") or "")
+    try:
+        path = _file_of(model_id, SAFETENSORS_WEIGHTS_NAME, settings)
+    except EntryNotFoundError as error:
+        if folder.is_dir() and not (folder / WEIGHTS_NAME).is_file():
+            raise CheckpointError(f"{folder} has no {SAFETENSORS_WEIGHTS_NAME}, no adapter's weights") from error
+        return
+    read_header(path)
 
 
 def _file_of(model_id: Any, name: str, settings: Mapping[str, Any]) -> Path:

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from kt_sft.integrations.peft import target_parameters
+from kt_sft.loading.errors import CheckpointError
 from kt_sft.lora import peft_turns_parameters
 
 
@@ -135,6 +136,9 @@ class TestWhatDoesNotFit:
             ({"use_dora": True}, "cannot have use_dora"),
             ({"peft_version": "new"}, "peft_version 'new' is no version"),
             ({"r": 257}, "ranks from 1 to 256, got 257"),
+            ({"r": "3"}, "the config of adapter 'default' has no usable rank and alpha: r is '3'"),
+            ({"lora_alpha": float("nan")}, "lora_alpha is nan"),
+            ({"alpha_pattern": {"experts.down_proj": "4"}}, "alpha_pattern gives experts.down_proj '4'"),
         ],
     )
     def test_a_config(self, saved: Path, tiny_moe: Path, change: dict[str, Any], message: str) -> None:
@@ -161,6 +165,30 @@ class TestWhatDoesNotFit:
             ValueError, match=r"experts\.lora_A\.default\.weight or its B has values that are not finite"
         ):
             PeftModel.from_pretrained(load(tiny_moe), saved)
+
+    @pytest.mark.parametrize("dtype", [torch.int32, torch.float8_e4m3fn], ids=str)
+    def test_values_of_another_kind(self, saved: Path, tiny_moe: Path, dtype: torch.dtype) -> None:
+        def change(values: dict[str, torch.Tensor]) -> None:
+            values.update({key: value.to(dtype) for key, value in values.items() if "experts" in key})
+
+        self._rewrite(saved, change)
+        with pytest.raises(ValueError, match=r"its B torch.*; adapters are kept in FP32, FP16 or BF16"):
+            PeftModel.from_pretrained(load(tiny_moe), saved)
+
+    @pytest.mark.parametrize("length", [0, 4, 3000], ids=["empty", "of a few bytes", "cut off"])
+    def test_a_damaged_file_is_named(self, saved: Path, tiny_moe: Path, length: int) -> None:
+        path = saved / "adapter_model.safetensors"
+        path.write_bytes(path.read_bytes()[:length])
+        with pytest.raises(CheckpointError, match=str(path)):
+            PeftModel.from_pretrained(load(tiny_moe), saved)
+
+    def test_what_is_no_adapter_is_said_so(self, saved: Path, tiny_moe: Path) -> None:
+        model = adapted(load(tiny_moe))
+        with pytest.raises(ValueError, match=r"nowhere has no adapter_config\.json: it is neither an adapter's folder"):
+            model.load_adapter(saved / "nowhere", "other")
+        (saved / "adapter_model.safetensors").unlink()
+        with pytest.raises(CheckpointError, match=r"has no adapter_model\.safetensors, no adapter's weights"):
+            model.load_adapter(saved, "other")
 
     def test_a_tensor_that_is_missing(self, saved: Path, tiny_moe: Path) -> None:
         self._rewrite(saved, lambda values: values.pop(next(key for key in values if "experts" in key)))

@@ -28,6 +28,7 @@ REFUSED = r"has weights for single experts .* turn it into PEFT's with `kt-sft c
 def write_adapter(folder: Path, key: str) -> Path:
     folder.mkdir(parents=True)
     save_file({key: torch.zeros(2, 2)}, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4}))
     return folder
 
 
@@ -75,6 +76,34 @@ def test_the_adapter_is_looked_for_in_adapter_folder(parse: Callable[..., Any], 
     parse(kt_sft={}, adapter_name_or_path=str(tmp_path), adapter_folder="fine")
     with pytest.raises(ConfigError, match=REFUSED):
         parse(kt_sft={}, adapter_name_or_path=str(tmp_path), adapter_folder="experts")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (None, "has no adapter_config.json, without which"),
+        ('{"peft_type": "LO', "has no usable config, .*adapter_config.json: Unterminated string"),
+        ("[]", "it holds no JSON object"),
+        ('{"peft_type": "LORA", "r": "8", "lora_alpha": 4}', "no usable rank and alpha: r is '8', lora_alpha is 4"),
+        ('{"peft_type": "LORA", "r": true, "lora_alpha": 4}', "r is True"),
+        ('{"peft_type": "LORA", "r": 8, "lora_alpha": NaN}', "lora_alpha is nan"),
+        (
+            '{"peft_type": "LORA", "r": 8, "lora_alpha": 4, "rank_pattern": [1]}',
+            r"rank_pattern is \[1\], not an object",
+        ),
+    ],
+)
+def test_a_damaged_config_is_refused(
+    config: str | None, message: str, parse: Callable[..., Any], tmp_path: Path
+) -> None:
+    folder = write_checkpoint(tmp_path / "adapter", EXPERTS)
+    (folder / "adapter_config.json").unlink()
+    if config is not None:
+        (folder / "adapter_config.json").write_text(config)
+    with pytest.raises(ConfigError, match=message):
+        parse(kt_sft={}, adapter_name_or_path=str(folder))
+    with pytest.raises(ConfigError, match=message):
+        parse(kt_sft={"lora_experts": True}, resume_from_checkpoint=str(folder))
 
 
 def test_a_pickled_adapter_is_refused(parse: Callable[..., Any], tmp_path: Path) -> None:
