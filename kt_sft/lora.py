@@ -20,9 +20,9 @@ import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
-from kt_sft.engine.low_rank import LowRank, concatenate
 from kt_sft.engine.operands import Factors, Term
 from kt_sft.experts import CpuExperts
+from kt_sft.merged_adapters import MergedAdapters, snapshot
 
 #: Ranks that an adapter may have.
 MOST_RANK = 256
@@ -95,7 +95,12 @@ class ExpertLora(nn.Module, LoraLayer):
         self.a_meets_inputs = experts.is_transposed or peft_turns_parameters()
         self.sizes = (inputs, outputs) if self.a_meets_inputs else (outputs, inputs)
         self.in_features, self.out_features = self.sizes  # as PEFT calls them
-        self._merged: _Merged = base_layer._merged if isinstance(base_layer, ExpertLora) else _Merged(experts.merged)
+        sizes = [sizes_of(experts, name) for name in parameters_of(experts)]
+        self._merged: MergedAdapters = (
+            base_layer._merged
+            if isinstance(base_layer, ExpertLora)
+            else MergedAdapters(experts.merged, experts.num_experts, *sizes)
+        )
 
     @property
     def experts(self) -> CpuExperts:
@@ -171,7 +176,7 @@ class ExpertLora(nn.Module, LoraLayer):
                 layers[adapter_name].to(device or self.device, torch.float32)
 
     def train(self, mode: bool = True) -> ExpertLora:
-        """As every module's. With a change of mode the engine sees what was written through `.data`, as averages are."""
+        """As every module's. With a change of mode the engine sees what was written through `.data`."""
         if mode != self.training:
             self.experts.forget_adapters()
         return super().train(mode)
@@ -233,23 +238,32 @@ class ExpertLora(nn.Module, LoraLayer):
             adapter_names: None for the active ones.
 
         Raises:
-            ValueError: One is merged already, or has a value that is not finite.
+            ValueError: One is merged already, under whatever name, or has a value that is not finite.
         """
-        for name in self.active_adapters if adapter_names is None else adapter_names:
-            factors = self.factors(name)
-            if factors is None:
-                continue
-            if name in self.merged_adapters:
-                raise ValueError(
-                    f"kt_sft: adapter {name!r} is merged into the experts already; call unmerge_adapter() first"
-                )
-            with torch.inference_mode(False):  # what is merged stays, and may meet training
-                a, b = _snapshot(factors)
-            if safe_merge and not (a.isfinite().all() and b.isfinite().all()):
-                raise ValueError(f"kt_sft: adapter {name!r} has values on {self.parameter_name} that are not finite")
-            self._merged.add(name, self.is_down, a, b)
-            self.merged_adapters.append(name)
-        self.experts.merged = self._merged.total(self.experts)
+        try:
+            for name in self.active_adapters if adapter_names is None else adapter_names:
+                factors = self.factors(name)
+                if factors is not None:
+                    self._merge(name, factors, safe_merge)
+        finally:
+            self.experts.merged = self._merged.total()
+
+    def _merge(self, name: str, factors: Factors, safe_merge: bool) -> None:
+        if name in self.merged_adapters:
+            raise ValueError(
+                f"kt_sft: adapter {name!r} is merged into the experts already; call unmerge_adapter() first"
+            )
+        with torch.inference_mode(False):  # what is merged stays, and may meet training
+            a, b = snapshot(factors)
+        if self._merged.holds(self.is_down, a, b):
+            raise ValueError(
+                f"kt_sft: adapter {name!r} has the values of one that is merged into {self.parameter_name} already; "
+                "its change would count twice"
+            )
+        if safe_merge and not (a.isfinite().all() and b.isfinite().all()):
+            raise ValueError(f"kt_sft: adapter {name!r} has values on {self.parameter_name} that are not finite")
+        self._merged.add(name, self.is_down, a, b)
+        self.merged_adapters.append(name)
 
     def unmerge(self) -> None:
         """Takes merged adapters back."""
@@ -258,7 +272,7 @@ class ExpertLora(nn.Module, LoraLayer):
             return
         while self.merged_adapters:
             self._merged.remove(self.merged_adapters.pop(), self.is_down)
-        self.experts.merged = self._merged.total(self.experts)
+        self.experts.merged = self._merged.total()
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
@@ -345,54 +359,6 @@ def attach(
     return found
 
 
-class _Merged:
-    """What the layers around one module of experts have merged into it: parts of adapters."""
-
-    def __init__(self, before: LowRank | None) -> None:
-        self._before = before
-        self._parts: dict[str, dict[bool, tuple[Tensor, Tensor]]] = {}
-
-    @property
-    def for_good(self) -> bool:
-        """Whether something was merged before these layers were there."""
-        return self._before is not None
-
-    def add(self, adapter_name: str, is_down: bool, a: Tensor, b: Tensor) -> None:
-        self._parts.setdefault(adapter_name, {})[is_down] = (a, b)
-
-    def remove(self, adapter_name: str, is_down: bool) -> None:
-        parts = self._parts[adapter_name]
-        del parts[is_down]
-        if not parts:
-            del self._parts[adapter_name]
-
-    def total(self, experts: CpuExperts) -> LowRank | None:
-        changes = [] if self._before is None else [self._before]
-        with torch.inference_mode(False):  # as in `merge`
-            changes += [_change(experts, parts) for parts in self._parts.values()]
-            return concatenate(changes) if changes else None
-
-
 def _kept_in_host_memory(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     # What is not there yet is on the meta device, and comes by `to_empty`.
     return lambda tensor: tensor if tensor.device.type == "cpu" else fn(tensor).to("cpu", torch.float32)
-
-
-def _snapshot(factors: Factors) -> tuple[Tensor, Tensor]:
-    a, b = factors.a.detach(), factors.b.detach().flatten(1, -2)
-    return a.to("cpu", torch.float32).clone(), b.to("cpu", torch.float32) * factors.scale
-
-
-def _change(experts: CpuExperts, parts: dict[bool, tuple[Tensor, Tensor]]) -> LowRank:
-    """The parts as one change: zeros stand for a parameter that is not adapted, and for ranks that one has more."""
-    rank = max(a.shape[1] for a, _ in parts.values())
-    tensors = []
-    for is_down, name in zip((False, True), parameters_of(experts), strict=True):
-        columns, outputs = sizes_of(experts, name)
-        a = torch.zeros(experts.num_experts, rank, columns, device="cpu", dtype=torch.float32)
-        b = torch.zeros(experts.num_experts, outputs, rank, device="cpu", dtype=torch.float32)
-        if is_down in parts:
-            part_a, part_b = parts[is_down]
-            a[:, : part_a.shape[1]], b[:, :, : part_a.shape[1]] = part_a, part_b
-        tensors += [a, b]
-    return LowRank(*tensors)

@@ -11,6 +11,7 @@ import enum
 import functools
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable
 from types import ModuleType
@@ -291,7 +292,7 @@ def _check_model_arguments(model_args: Any) -> None:
     if model_args.infer_backend != "huggingface":
         raise ConfigError("kt_sft: chat and api run with infer_backend huggingface only; remove infer_backend")
     adapters = _as_list(model_args.adapter_name_or_path)
-    if len({*adapters}) < len(adapters):
+    if len({os.path.realpath(adapter) if os.path.isdir(adapter) else adapter for adapter in adapters}) < len(adapters):
         raise ConfigError(f"kt_sft: adapter_name_or_path names an adapter twice ({', '.join(adapters)}); name it once")
     _check_adapters(model_args, adapters)
 

@@ -19,6 +19,7 @@ import torch
 from packaging.version import InvalidVersion, Version
 from torch import nn
 
+from kt_sft.integrations.adapter_saving import saving_whole
 from kt_sft.integrations.peft_configs import check_weights, restore_dropout, stored_config
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ def extend_lora_model(module: ModuleType) -> None:
 
 
 def extend_peft_model(module: ModuleType) -> None:
-    """Wraps `PeftModel.load_adapter`, which drops tensors without a home and does not compare configs.
+    """Wraps `PeftModel.load_adapter`, which drops tensors without a home and does not compare configs; and saving.
 
     Args:
         module: `peft.peft_model`.
@@ -110,6 +111,7 @@ def extend_peft_model(module: ModuleType) -> None:
         return result
 
     model_class.load_adapter = load_adapter
+    module.safe_save_file = saving_whole(module.safe_save_file)  # type: ignore[attr-defined]
 
 
 def target_parameters(model: nn.Module) -> list[str]:

@@ -6,10 +6,14 @@ import copy
 import functools
 import json
 import logging
+import os
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from kt_sft.integrations.adapter_saving import whole_file
 
 logger = logging.getLogger("kt_sft")
 
@@ -34,15 +38,25 @@ def extend_lora_config(module: ModuleType) -> None:
 
     @functools.wraps(save)
     def save_pretrained(self: Any, save_directory: Any, **kwargs: Any) -> None:
-        dropout = self.lora_dropout if self.target_parameters else 0.0
-        config = self
-        if dropout:
-            config = copy.copy(self)
-            config.lora_dropout = 0.0
-        save(config, save_directory, **kwargs)
+        from peft.utils import CONFIG_NAME
+
         beside = Path(save_directory, _BESIDE)
-        if dropout:
-            beside.write_text(json.dumps({"lora_dropout": dropout}), encoding="utf-8")
+        if not self.target_parameters:
+            save(self, save_directory, **kwargs)
+            beside.unlink(missing_ok=True)
+            return
+        config = copy.copy(self)
+        config.lora_dropout = 0.0
+        beside.parent.mkdir(parents=True, exist_ok=True)
+        with (
+            whole_file(beside.with_name(CONFIG_NAME)) as partial,
+            tempfile.TemporaryDirectory(dir=partial.parent) as new,
+        ):
+            save(config, new, **kwargs)
+            os.replace(Path(new, CONFIG_NAME), partial)
+        if self.lora_dropout:
+            with whole_file(beside) as partial:
+                partial.write_text(json.dumps({"lora_dropout": self.lora_dropout}), encoding="utf-8")
         else:
             beside.unlink(missing_ok=True)
 

@@ -321,6 +321,19 @@ class TestMerging:
         with model.disable_adapter():
             assert torch.equal(logits(model), logits(load(tiny_moe)))
 
+    def test_an_adapter_that_was_merged_is_not_merged_again(self, tiny_moe: Path, tmp_path: Path) -> None:
+        """Under another name, onto a model that has it, or beside others: its change would count twice."""
+        adapted(load(tiny_moe)).save_pretrained(tmp_path)
+        twice = PeftModel.from_pretrained(load(tiny_moe), tmp_path)
+        twice.load_adapter(tmp_path, "copy")
+        with pytest.raises(ValueError, match="adapter 'copy' has the values of one that is merged into"):
+            twice.merge_adapter(["default", "copy"])
+        merged = adapted(adapted(load(tiny_moe), seed=2, r=5).merge_and_unload()).merge_and_unload()
+        with pytest.raises(ValueError, match=r"is merged into .* already; its change would count twice"):
+            PeftModel.from_pretrained(merged, tmp_path).merge_and_unload()
+        untrained = adapted(adapted(load(tiny_moe), filled=False).merge_and_unload(), filled=False).merge_and_unload()
+        assert torch.equal(logits(untrained), logits(load(tiny_moe)))
+
     def test_in_inference_mode(self, tiny_moe: Path) -> None:
         """What such code makes has no counter of changes, and would not be allowed in training afterwards."""
         model = adapted(load(tiny_moe), target_modules=[])

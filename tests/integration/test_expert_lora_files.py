@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,45 @@ def turn_sides(folder: Path, experts: int) -> None:
             a.unflatten(0, (experts, -1)).permute(2, 1, 0).flatten(1, 2).contiguous()
         )
     save_file(changed, path, {"format": "pt"})
+
+
+@pytest.mark.parametrize("limit", [0, 8000], ids=["nothing fits", "no weights fit"])
+def test_a_full_disk_leaves_the_adapter_that_was_there(tiny_moe: Path, tmp_path: Path, limit: int) -> None:
+    model = adapted(load(tiny_moe), lora_dropout=0.1)
+    model.save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for value in tensors(model).values():
+        value.data.zero_()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+    try:
+        with pytest.raises((CheckpointError, OSError)) as error:
+            model.save_pretrained(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    if limit:
+        path = tmp_path / "adapter_model.safetensors"
+        assert str(error.value).startswith(f"{path} cannot be written (")
+        assert str(error.value).endswith("what was there before is as it was")
+    model_card = "README.md"  # PEFT writes it first, in place
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.name != model_card} == {
+        name: data for name, data in before.items() if name != model_card
+    }
+
+
+def test_a_config_that_cannot_be_written_leaves_the_one_that_was_there(tiny_moe: Path, tmp_path: Path) -> None:
+    config = adapted(load(tiny_moe), lora_dropout=0.1).peft_config["default"]
+    config.save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert {*before} == {"adapter_config.json", "kt_sft_adapter.json"}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(CheckpointError, match=r"adapter_config\.json cannot be written"):
+            config.save_pretrained(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 class TestWhatDoesNotFit:

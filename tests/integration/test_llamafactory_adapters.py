@@ -54,6 +54,9 @@ def test_an_adapter_named_twice_is_refused(parse: Callable[..., Any], tmp_path: 
     adapter = write_adapter(tmp_path / "adapter", EXPERTS)
     with pytest.raises(ConfigError, match="adapter_name_or_path names an adapter twice"):
         parse(kt_sft={}, adapter_name_or_path=f"{adapter},{adapter}")
+    (tmp_path / "link").symlink_to(adapter)
+    with pytest.raises(ConfigError, match="adapter_name_or_path names an adapter twice"):
+        parse(kt_sft={}, adapter_name_or_path=f"{adapter},{tmp_path / 'link'}")
 
 
 def test_training_goes_on_with_an_adapter_that_covers_what_the_recipe_says(

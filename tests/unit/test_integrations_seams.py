@@ -15,6 +15,7 @@ import llamafactory.model.loader
 import llamafactory.model.patcher
 import llamafactory.train.tuner
 import pytest
+import safetensors.torch
 import torch
 import transformers
 import transformers.quantizers.auto as auto
@@ -22,7 +23,7 @@ from llamafactory.hparams import ModelArguments
 from llamafactory.model import adapter
 from llamafactory.model.model_utils import quantization
 from packaging.version import Version
-from peft import LoraConfig, peft_model
+from peft import LoraConfig, PeftConfig, peft_model
 from peft.tuners import tuners_utils
 from peft.tuners.lora import model as lora_model
 from peft.tuners.lora.layer import LoraLayer
@@ -206,6 +207,10 @@ class TestPeft:
         assert parameters(LoraConfig.save_pretrained) == ["self", "save_directory", "kwargs"]
         assert parameters(LoraConfig.from_pretrained.__func__)[1:3] == ["pretrained_model_name_or_path", "subfolder"]
         assert "peft_config.save_pretrained(" in inspect.getsource(peft_model.PeftModel.save_pretrained)
+        assert hasattr(PeftConfig.from_pretrained.__func__, "__wrapped__")
+        assert "safe_save_file(" in inspect.getsource(peft_model.PeftModel.save_pretrained)
+        assert parameters(peft_model.safe_save_file)[:3] == ["tensors", "filename", "metadata"]
+        assert peft_model.safe_save_file.__wrapped__ is safetensors.torch.save_file
         assert parameters(lora_model.LoraModel.inject_adapter)[:3] == ["self", "model", "adapter_name"]
 
     @pytest.mark.parametrize("name", [*ours_peft._EXCLUDED, *ours_peft._COMPARED, "lora_dropout", "init_lora_weights"])

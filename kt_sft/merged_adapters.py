@@ -1,0 +1,83 @@
+"""What adapters merged into one module of experts left there: their parts, to be taken back one by one.
+
+Shape letters: E experts, H hidden size, I expert intermediate size, r rank.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kt_sft.engine.low_rank import LowRank, concatenate
+from kt_sft.engine.operands import Factors
+
+
+class MergedAdapters:
+    """What the layers around one module of experts have merged into it.
+
+    Args:
+        before: What was merged before these layers were there.
+        num_experts: E.
+        gate_up_sizes: What one expert's gate and up take, and what they give: (H, 2I).
+        down_sizes: (I, H).
+    """
+
+    def __init__(
+        self, before: LowRank | None, num_experts: int, gate_up_sizes: tuple[int, int], down_sizes: tuple[int, int]
+    ) -> None:
+        self._before = before
+        self._num_experts = num_experts
+        self._sizes = {False: gate_up_sizes, True: down_sizes}
+        self._parts: dict[str, dict[bool, tuple[Tensor, Tensor]]] = {}
+
+    @property
+    def for_good(self) -> bool:
+        """Whether something was merged before these layers were there."""
+        return self._before is not None
+
+    def holds(self, is_down: bool, a: Tensor, b: Tensor) -> bool:
+        """Whether an adapter with these very values is merged; one that changes nothing never counts."""
+        held = [parts[is_down] for parts in self._parts.values() if is_down in parts]
+        if (before := self._before) is not None:
+            there = (before.down_a, before.down_b) if is_down else (before.gate_up_a, before.gate_up_b)
+            places = [slice(first, first + a.shape[1]) for first in range(before.rank - a.shape[1] + 1)]
+            held += [(there[0][:, place], there[1][:, :, place]) for place in places]
+        trained = bool(a.any()) and bool(b.any())
+        return trained and any(torch.equal(a, other_a) and torch.equal(b, other_b) for other_a, other_b in held)
+
+    def add(self, adapter_name: str, is_down: bool, a: Tensor, b: Tensor) -> None:
+        """Adds an adapter's part on down, or on gate and up, as `snapshot` gives it."""
+        self._parts.setdefault(adapter_name, {})[is_down] = (a, b)
+
+    def remove(self, adapter_name: str, is_down: bool) -> None:
+        """Takes such a part back."""
+        parts = self._parts[adapter_name]
+        del parts[is_down]
+        if not parts:
+            del self._parts[adapter_name]
+
+    def total(self) -> LowRank | None:
+        """All of them as one change; None without any."""
+        changes = [] if self._before is None else [self._before]
+        with torch.inference_mode(False):  # what is merged stays, and may meet training
+            changes += [self._change(parts) for parts in self._parts.values()]
+            return concatenate(changes) if changes else None
+
+    def _change(self, parts: dict[bool, tuple[Tensor, Tensor]]) -> LowRank:
+        """Zeros stand for a parameter that is not adapted, and for ranks that one has more than the other."""
+        rank = max(a.shape[1] for a, _ in parts.values())
+        tensors = []
+        for is_down, (columns, rows) in self._sizes.items():
+            a = torch.zeros(self._num_experts, rank, columns, device="cpu", dtype=torch.float32)
+            b = torch.zeros(self._num_experts, rows, rank, device="cpu", dtype=torch.float32)
+            if is_down in parts:
+                part_a, part_b = parts[is_down]
+                a[:, : part_a.shape[1]], b[:, :, : part_a.shape[1]] = part_a, part_b
+            tensors += [a, b]
+        return LowRank(*tensors)
+
+
+def snapshot(factors: Factors) -> tuple[Tensor, Tensor]:
+    """An adapter's matrices as they are now, copied to the CPU: FP32 A [E, r, in], and B [E, out, r] with its scale."""
+    a, b = factors.a.detach(), factors.b.detach().flatten(1, -2)
+    return a.to("cpu", torch.float32).clone(), b.to("cpu", torch.float32) * factors.scale
