@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download
@@ -53,6 +53,29 @@ def check_adapter(
     """
     weights = _in_folder(Path(adapter, subfolder or "")) or _on_hub(adapter, subfolder, revision, cache_dir, token)
     return _check_adapter_file(weights, adapter)
+
+
+def check_dropout(dropout: float, merged: Sequence[str], *, unsloth_gc: bool) -> None:
+    """Refuses dropout on routed experts where it cannot be trained with.
+
+    Args:
+        dropout: Of the adapter that is going to be trained, 0 if it does not cover them.
+        merged: Adapters on routed experts that are merged before.
+        unsloth_gc: Whether the recipe sets `use_unsloth_gc`.
+
+    Raises:
+        ConfigError: It is combined with one of them.
+    """
+    if dropout and unsloth_gc:
+        raise ConfigError(
+            "kt_sft: lora_dropout on routed experts needs the same random numbers when layers are computed again, and "
+            "use_unsloth_gc does not restore them; remove use_unsloth_gc, or set lora_dropout: 0"
+        )
+    if dropout and merged:
+        raise ConfigError(
+            f"kt_sft: lora_dropout {dropout} on routed experts cannot be trained on top of {merged[0]}, which is "
+            "merged into them; set lora_dropout: 0, or export the model with that adapter and start from there"
+        )
 
 
 def check_resumed(folder: str, lora_experts: bool | None) -> None:

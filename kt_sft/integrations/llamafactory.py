@@ -19,10 +19,11 @@ from typing import Any
 
 from kt_sft.config import ConfigError, KTConfig
 from kt_sft.integrations import autoload
-from kt_sft.integrations.adapters import check_adapter, check_resumed
+from kt_sft.integrations.adapters import check_adapter, check_dropout, check_resumed
 from kt_sft.integrations.checkpoints import FoundCheckpoint, check_complete, mark_found, settle_resumed
 from kt_sft.integrations.host_memory import check_parallel, check_training
 from kt_sft.integrations.peft import target_parameters
+from kt_sft.integrations.peft_configs import trained_dropout
 
 
 class Absent(enum.Enum):
@@ -301,14 +302,18 @@ def _check_adapters(model_args: Any, adapters: Any) -> str | None:
     """Looks at each; returns the name of a tensor of routed experts of the last one, if it has any."""
     key = None
     for adapter in _as_list(adapters):
-        key = check_adapter(
-            adapter,
-            subfolder=model_args.adapter_folder,
-            revision=model_args.model_revision,
-            cache_dir=model_args.cache_dir,
-            token=model_args.hf_hub_token,
-        )
+        key = check_adapter(adapter, **_loading_settings(model_args))
     return key
+
+
+def _loading_settings(model_args: Any) -> dict[str, Any]:
+    """With which LLaMA-Factory lets PEFT load adapters."""
+    return {
+        "subfolder": model_args.adapter_folder,
+        "revision": model_args.model_revision,
+        "cache_dir": model_args.cache_dir,
+        "token": model_args.hf_hub_token,
+    }
 
 
 def _as_list(paths: Any) -> list[str]:
@@ -359,11 +364,11 @@ def _check_trained_adapter(model_args: Any, finetuning_args: Any, training_args:
             f"kt_sft: lora_experts is set, but training goes on with the adapter {continued}, which has no weights for "
             "routed experts; set create_new_adapter: true to train a new one, or leave lora_experts out"
         )
-    if settings.lora_experts and model_args.use_unsloth_gc and finetuning_args.lora_dropout:
-        raise ConfigError(
-            "kt_sft: lora_dropout on routed experts needs the same random numbers when layers are computed again, and "
-            "use_unsloth_gc does not restore them; remove use_unsloth_gc, or set lora_dropout: 0"
-        )
+    dropout = finetuning_args.lora_dropout if settings.lora_experts else 0.0
+    if continued is not None:
+        dropout = trained_dropout(continued, _loading_settings(model_args))
+    merged = [each for each in adapters if each != continued and _check_adapters(model_args, each) is not None]
+    check_dropout(dropout, merged, unsloth_gc=model_args.use_unsloth_gc)
     _show_log()
     resumed = settle_resumed(training_args)
     if resumed is not None:

@@ -87,19 +87,33 @@ def restore_dropout(config: Any) -> None:
     source = getattr(config, _SOURCE, None)
     if source is None or not getattr(config, "target_parameters", None) or config.lora_dropout:
         return
+    config.lora_dropout = trained_dropout(source[0], source[1])
+
+
+def trained_dropout(model_id: Any, settings: Mapping[str, Any]) -> float:
+    """The dropout that an adapter on experts was trained with, 0 if none is kept beside its config.
+
+    Args:
+        model_id: A folder, or a repository's id on the hub.
+        settings: Keyword arguments that PEFT is given to load the adapter.
+
+    Raises:
+        ValueError: What lies there cannot be read.
+    """
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     try:
-        config.lora_dropout = _dropout_in(_file_of(source[0], _BESIDE, source[1]))
+        return _dropout_in(_file_of(model_id, _BESIDE, settings))
     except LocalEntryNotFoundError:
         logger.warning(
             "the hub is out of reach and its cache has no %s of %s, which would say a dropout on experts that it was "
             "trained with; if it is trained on, that is without",
             _BESIDE,
-            source[0],
+            model_id,
         )
     except EntryNotFoundError:
         pass
+    return 0.0
 
 
 def _dropout_in(path: Path) -> float:

@@ -59,6 +59,25 @@ def test_an_adapter_named_twice_is_refused(parse: Callable[..., Any], tmp_path: 
         parse(kt_sft={}, adapter_name_or_path=f"{adapter},{tmp_path / 'link'}")
 
 
+def test_dropout_on_experts_that_cannot_be_trained_is_refused(parse: Callable[..., Any], tmp_path: Path) -> None:
+    """Of the recipe for a new adapter, and of the file beside an adapter that training goes on with."""
+    attention, experts = write_adapter(tmp_path / "attention", ATTENTION), write_adapter(tmp_path / "experts", EXPERTS)
+    dropped = write_adapter(tmp_path / "dropped", EXPERTS)
+    (dropped / "kt_sft_adapter.json").write_text('{"lora_dropout": 0.1}')
+    new = {"kt_sft": {"lora_experts": True}, "create_new_adapter": True, "lora_dropout": 0.1}
+
+    parse(**new, adapter_name_or_path=str(attention))
+    parse(**new | {"lora_dropout": 0.0}, adapter_name_or_path=str(experts))
+    parse(kt_sft={}, adapter_name_or_path=f"{dropped},{experts}")
+    parse(kt_sft={}, adapter_name_or_path=str(experts), use_unsloth_gc=True)
+    with pytest.raises(ConfigError, match=f"lora_dropout 0.1 on routed experts cannot be trained on top of {experts}"):
+        parse(**new, adapter_name_or_path=str(experts))
+    with pytest.raises(ConfigError, match=f"cannot be trained on top of {experts}, which is"):
+        parse(kt_sft={}, adapter_name_or_path=f"{experts},{dropped}")
+    with pytest.raises(ConfigError, match="use_unsloth_gc does not restore them"):
+        parse(kt_sft={}, adapter_name_or_path=str(dropped), use_unsloth_gc=True)
+
+
 def test_training_goes_on_with_an_adapter_that_covers_what_the_recipe_says(
     parse: Callable[..., Any], tmp_path: Path
 ) -> None:
