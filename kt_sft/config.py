@@ -65,6 +65,8 @@ class KTConfig(QuantizationConfigMixin):
         lora_experts: Whether new adapters cover the routed experts.
         lora_memory: Where adapters on routed experts lie, with their gradients and optimizer state: "accelerator" (with
             the model's other parameters) or "host", for those that would not fit there.
+        overlap_shared_experts: Whether shared experts are computed while the engine computes the routed ones, forward
+            and backward. None: where their tokens come from an accelerator; on the CPU both would share its cores.
         scratch_mb: MiB that one layer's intermediate results take at most; longer batches are worked on in pieces, to
             the same bits. One token is never cut, and engine threads take up to 1 MiB each besides.
 
@@ -81,6 +83,7 @@ class KTConfig(QuantizationConfigMixin):
     activation_policy: str = "retain"
     lora_experts: bool = False
     lora_memory: str = "accelerator"
+    overlap_shared_experts: bool | None = None
     scratch_mb: int = 1024
     quant_method: str = QUANT_METHOD  # type: ignore[assignment]  # upstream types it as its own enum
 
@@ -92,6 +95,7 @@ class KTConfig(QuantizationConfigMixin):
         self._check_choice("lora_memory", LORA_MEMORIES)
         self._check_flag("zero_point")
         self._check_flag("lora_experts")
+        self._check_flag("overlap_shared_experts")
         self._check_count("group_size", least=0)
         self._check_count("num_threads", least=1, most=MOST_THREADS)
         self._check_count("scratch_mb", least=1, most=1 << 20)
@@ -140,6 +144,8 @@ class KTConfig(QuantizationConfigMixin):
 
     def _check_flag(self, name: str) -> None:
         value = getattr(self, name)
+        if value is None and getattr(KTConfig, name) is None:  # the default: to be chosen for the user
+            return
         if not isinstance(value, bool):
             raise ConfigError(f"kt_sft: {name} must be true or false, got {value!r}")
 

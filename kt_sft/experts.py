@@ -5,7 +5,7 @@ Shape letters: T tokens, K experts per token, E experts, H hidden size, I expert
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -34,10 +34,12 @@ class CpuExperts(nn.Module):
         merged: What merging adapters left behind. The weights themselves are frozen and rounded, so the engine goes on
             computing them plus this, in both passes; saving writes the source's weights plus `merged.delta`.
         loaded_a_meets_inputs: While an adapter is loaded: whether its A is on the input side, whatever the sizes.
+        beside: Called with the hidden states between submitting and awaiting: what it computes runs beside the engine.
     """
 
     merged: LowRank | None = None
     loaded_a_meets_inputs: bool | None = None
+    beside: Callable[[Tensor], None] | None = None
 
     def __init__(
         self, store: LayerStore, config: KTConfig, *, is_transposed: bool = False, interleaved: bool = False
@@ -153,6 +155,8 @@ class CpuExperts(nn.Module):
         tensors = self._tensors(hidden_states, top_k_index, top_k_weights, backward_wanted=bool(wanted))
         link = Link(self, terms, self._operands_of(terms), self._dropout_of(terms))
         submitted = Submit.apply(hidden_states, top_k_weights, tensors, link, *factors)
+        if self.beside is not None:
+            self.beside(hidden_states)
         return Await.apply(submitted, tensors, link, hidden_states.device, wanted)
 
     def _dropout_of(self, terms: Sequence[Term]) -> Dropout:

@@ -31,6 +31,7 @@ from kt_sft.loading.merging import merge_saved, merged_changes
 from kt_sft.loading.processes import Loader, loader_for
 from kt_sft.loading.saving import check_target, state_with_experts
 from kt_sft.loading.sharing import publish_store, shared_store
+from kt_sft.offload.shared import overlap_shared_experts
 
 # Attributes that transformers itself keeps on a model; nn.Module's annotations know nothing of them.
 _CONVERSIONS, _QUANTIZER, _INITIALIZED = "_weight_conversions", "hf_quantizer", "_is_hf_initialized"
@@ -130,6 +131,7 @@ class KTQuantizer(HfQuantizer):
             publish_store(self._key(plan), store)
         self._look_unquantised(model)
         announce(self._config, self._plans, [store for _, store in stores], self._loader.sharers)
+        overlap_shared_experts(model)
         return model
 
     def check_save_directory(

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from adapted_models import adapted, load, tensors
+from families import FAMILIES, make
+from recording import record_engine
 from rounding_noise import UNIT_ROUNDOFF as UNIT
 from transformers import Trainer, TrainingArguments
 
@@ -119,3 +122,23 @@ class TestAdaptersInHostMemory:
         assert [file.name for file in sorted((tmp_path / "whole/checkpoint-4").iterdir())] == [
             file.name for file in sorted((tmp_path / "accelerator/checkpoint-4").iterdir())
         ]
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "deepseek_v3"])
+def test_shared_experts_overlap_by_default(family, tmp_path, monkeypatch):
+    happened = []
+    record_engine(monkeypatch, happened.append)
+    plain = make(FAMILIES[family][0])
+    plain.save_pretrained(tmp_path)
+    config = kt_sft.KTConfig()
+    model = type(plain).from_pretrained(tmp_path, dtype=torch.float32, quantization_config=config, device_map="auto")
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and "shared" in name.rpartition(".")[0]:
+            module.register_forward_hook(lambda *_: happened.append("s"))
+    ids = torch.arange(3, 12).reshape(1, 9).to(model.device)
+    logits = model(input_ids=ids).logits
+    assert re.fullmatch("(Ss+A)+", "".join(happened))
+    logits.sum().backward()
+    config_of_the_model = next(m for m in model.modules() if isinstance(m, kt_sft.CpuExperts)).config
+    monkeypatch.setattr(config_of_the_model, "overlap_shared_experts", False)
+    assert torch.equal(logits, model(input_ids=ids).logits)

@@ -1,0 +1,1 @@
+"""The accelerator's side: what runs there while the CPU computes the routed experts."""
