@@ -44,6 +44,13 @@ class HeldTicket {
     ticket_->Wait();
   }
   bool done() const { return ticket_->done(); }
+  std::pair<double, double> Span() const {
+    const auto [started, finished] = ticket_->span();
+    const auto seconds = [](Ticket::Clock::time_point time) {
+      return std::chrono::duration<double>(time.time_since_epoch()).count();
+    };
+    return {seconds(started), seconds(finished)};
+  }
 
  private:
   std::shared_ptr<Ticket> ticket_;
@@ -255,7 +262,10 @@ void BindLayer(py::module_& m) {
 }
 
 void BindEngine(py::module_& m) {
-  py::class_<HeldTicket>(m, "Ticket").def("wait", &HeldTicket::Wait).def_property_readonly("done", &HeldTicket::done);
+  py::class_<HeldTicket>(m, "Ticket")
+      .def("wait", &HeldTicket::Wait)
+      .def_property_readonly("done", &HeldTicket::done)
+      .def_property_readonly("span", &HeldTicket::Span, "(start, end) of the work in seconds of time.monotonic().");
 
   py::class_<Engine, EngineHolder>(m, "Engine")
       .def(py::init([](int threads, const std::vector<std::vector<int>>& node_cpus, const TierNames& tiers,

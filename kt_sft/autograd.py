@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kt_sft.engine.meter import wait
 from kt_sft.engine.operands import Dropout, Operands, Term, split_gradients
 from kt_sft.engine.store import dtype_name
 
@@ -49,9 +51,12 @@ class _Backward:
     """One backward of a call that the engine is working on, and the gradients it writes."""
 
     ticket: Any
+    submitted: float
     x_grad: Tensor | None
     w_grad: Tensor | None
     adapter_grads: tuple[Tensor, ...] | None
+    idx_TK: Tensor
+    recomputes: bool
 
 
 @dataclasses.dataclass
@@ -67,6 +72,7 @@ class Link:
     operands: Operands | None = None  # of `terms`: backward reads what forward did, whatever has become of them since
     dropout: Dropout = dataclasses.field(default_factory=Dropout)
     ticket: Any = None  # of the forward
+    submitted: float = 0.0  # the forward, in seconds of time.monotonic()
     backwards: dict[int, _Backward] = dataclasses.field(default_factory=dict)
     numbers: Iterator[int] = dataclasses.field(default_factory=itertools.count)
 
@@ -100,6 +106,7 @@ class Submit(torch.autograd.Function):
         ctx.adapters = [(tensor.device, tensor.dtype) for tensor in adapters]
         tokens, slots = tensors.idx_TK.shape
         link.experts.store.expect(tokens * slots, forward=True)
+        link.submitted = time.monotonic()
         link.ticket = link.experts.engine.submit_forward(
             **link.settings(),
             tokens=tokens,
@@ -120,7 +127,8 @@ class Submit(torch.autograd.Function):
     def backward(ctx: Any, number: Tensor) -> tuple[Tensor | None, ...]:
         """Takes the number of the backward; gives the gradients that the engine has computed for it."""
         pending = ctx.link.backwards.pop(int(number))
-        pending.ticket.wait()
+        meter, recomputes = ctx.link.experts.meter, pending.recomputes
+        wait(meter, pending.ticket, pending.submitted, pending.idx_TK, is_backward=True, recomputes=recomputes)
         x_grad, w_grad = pending.x_grad, pending.w_grad
         if x_grad is not None:
             x_grad = x_grad.to(ctx.device)
@@ -143,7 +151,7 @@ class Await(torch.autograd.Function):
     def forward(ctx: Any, _: Tensor, tensors: CallTensors, link: Link, device: torch.device, wanted: Wanted) -> Tensor:
         """Gives the output, [T, H], once the engine is done with it."""
         ticket, link.ticket = link.ticket, None
-        ticket.wait()
+        wait(link.experts.meter, ticket, link.submitted, tensors.idx_TK)
         ctx.link = link
         ctx.wanted = wanted
         # With retained pre-activations only adapters' gradients need hidden states. Shapes do not depend on the
@@ -164,6 +172,7 @@ class Await(torch.autograd.Function):
         adapter_grads = link.operands.new_gradients() if wanted.adapters else None
         tokens, slots = idx_TK.shape
         link.experts.store.expect(tokens * slots, forward=False)
+        submitted = time.monotonic()
         ticket = link.experts.engine.submit_backward(
             **link.settings(),
             tokens=tokens,
@@ -191,7 +200,7 @@ class Await(torch.autograd.Function):
             ),
         )
         number = next(link.numbers)
-        link.backwards[number] = _Backward(ticket, dx_TH, dw_TK, adapter_grads)
+        link.backwards[number] = _Backward(ticket, submitted, dx_TH, dw_TK, adapter_grads, idx_TK, pre_SI is None)
         return torch.tensor(number, dtype=torch.float64), None, None, None, None
 
 

@@ -36,6 +36,7 @@ INTEGER_FORMATS = ("int8", "int4")
 ACTIVATION_POLICIES = ("retain", "recompute")
 STORES = ("auto", "resident", "mapped")
 LORA_MEMORIES = ("accelerator", "host")
+METRICS = ("off", "step", "layers")
 
 
 class ConfigError(ValueError):
@@ -67,6 +68,10 @@ class KTConfig(QuantizationConfigMixin):
             the model's other parameters) or "host", for those that would not fit there.
         overlap_shared_experts: Whether shared experts are computed while the engine computes the routed ones, forward
             and backward. None: where their tokens come from an accelerator; on the CPU both would share its cores.
+        metrics: What the Trainer logs of the engine's work: "step" (a step's times, share hidden, load, speed, memory),
+            "layers" (that, and times and load of every layer), or "off".
+        profile: Where to write a Chrome trace of two steps, the engine's work beside the accelerator's; Perfetto and
+            chrome://tracing show it. None: none is made.
         scratch_mb: MiB that one layer's intermediate results take at most; longer batches are worked on in pieces, to
             the same bits. One token is never cut, and engine threads take up to 1 MiB each besides.
 
@@ -84,6 +89,8 @@ class KTConfig(QuantizationConfigMixin):
     lora_experts: bool = False
     lora_memory: str = "accelerator"
     overlap_shared_experts: bool | None = None
+    metrics: str = "step"
+    profile: str | None = None
     scratch_mb: int = 1024
     quant_method: str = QUANT_METHOD  # type: ignore[assignment]  # upstream types it as its own enum
 
@@ -93,6 +100,8 @@ class KTConfig(QuantizationConfigMixin):
         self._check_choice("store", STORES)
         self._check_choice("activation_policy", ACTIVATION_POLICIES)
         self._check_choice("lora_memory", LORA_MEMORIES)
+        self._check_choice("metrics", METRICS)
+        self._check_profile()
         self._check_flag("zero_point")
         self._check_flag("lora_experts")
         self._check_flag("overlap_shared_experts")
@@ -148,6 +157,14 @@ class KTConfig(QuantizationConfigMixin):
             return
         if not isinstance(value, bool):
             raise ConfigError(f"kt_sft: {name} must be true or false, got {value!r}")
+
+    def _check_profile(self) -> None:
+        if self.profile is None:
+            return
+        if not isinstance(self.profile, str) or not self.profile.endswith(".json") or os.path.isdir(self.profile):
+            raise ConfigError(
+                f"kt_sft: profile must be the path of a file to write, ending in .json, got {self.profile!r}"
+            )
 
     def _check_count(self, name: str, least: int, most: int = sys.maxsize) -> None:
         value = getattr(self, name)

@@ -15,6 +15,7 @@ from kt_sft.autograd import Await, CallTensors, Link, Submit, Wanted
 from kt_sft.config import KTConfig
 from kt_sft.engine.engine import get_engine
 from kt_sft.engine.low_rank import LowRank
+from kt_sft.engine.meter import Meter
 from kt_sft.engine.operands import Dropout, OperandCache, Operands, Term
 from kt_sft.engine.store import LayerStore, dtype_name
 
@@ -34,12 +35,14 @@ class CpuExperts(nn.Module):
         merged: What merging adapters left behind. The weights themselves are frozen and rounded, so the engine goes on
             computing them plus this, in both passes; saving writes the source's weights plus `merged.delta`.
         loaded_a_meets_inputs: While an adapter is loaded: whether its A is on the input side, whatever the sizes.
+        meter: Notes what the engine's passes cost, where there is one.
         beside: Called with the hidden states between submitting and awaiting: what it computes runs beside the engine.
     """
 
     merged: LowRank | None = None
     loaded_a_meets_inputs: bool | None = None
     beside: Callable[[Tensor], None] | None = None
+    meter: Meter | None = None
 
     def __init__(
         self, store: LayerStore, config: KTConfig, *, is_transposed: bool = False, interleaved: bool = False
@@ -115,6 +118,12 @@ class CpuExperts(nn.Module):
     def engine(self) -> Any:
         """The engine that computes this layer."""
         return get_engine(self.config.num_threads)
+
+    def new_meter(self) -> Meter:
+        """A meter for this layer."""
+        product = 2.0 * self.hidden_dim * self.intermediate_dim
+        first = product * (2 if self.store.gated else 1)
+        return Meter(self.num_experts, first + product, first)
 
     def dequantized(self) -> tuple[Tensor, Tensor]:
         """What the kernels effectively multiply by, without biases.

@@ -35,9 +35,16 @@ bool Ticket::done() const {
   return done_;
 }
 
-void Ticket::Finish(std::exception_ptr error) {
+std::pair<Clock::time_point, Clock::time_point> Ticket::span() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return {started_, finished_at_};
+}
+
+void Ticket::Finish(Clock::time_point started, std::exception_ptr error) {
   {
     const std::lock_guard<std::mutex> lock(mutex_);
+    started_ = started;
+    finished_at_ = Clock::now();
     error_ = std::move(error);
     done_ = true;
   }
@@ -76,13 +83,14 @@ void Engine::Loop() {
       jobs_.pop_front();
       calls_.fetch_sub(1);
     }
+    const Clock::time_point started = Clock::now();
     std::exception_ptr error;
     try {
       job.work();
     } catch (...) {
       error = std::current_exception();
     }
-    job.ticket->Finish(std::move(error));
+    job.ticket->Finish(started, std::move(error));
   }
 }
 

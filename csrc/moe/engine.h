@@ -10,6 +10,7 @@
 #include <memory>
 #include <mutex>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "moe/pass.h"
@@ -22,14 +23,18 @@ class Ticket {
   // Returns when the work is done; throws what the work threw.
   void Wait();
   bool done() const;
+  // When the engine began and ended the work, on std::chrono::steady_clock; only once it is done.
+  using Clock = std::chrono::steady_clock;
+  std::pair<Clock::time_point, Clock::time_point> span() const;
 
  private:
   friend class Engine;
-  void Finish(std::exception_ptr error);
+  void Finish(Clock::time_point started, std::exception_ptr error);
 
   mutable std::mutex mutex_;
   std::condition_variable finished_;
   bool done_ = false;
+  Clock::time_point started_, finished_at_;
   std::exception_ptr error_;
 };
 

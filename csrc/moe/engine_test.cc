@@ -103,6 +103,20 @@ TEST(WhatWasSubmittedIsFinishedBeforeTheEngineGoes) {
   CHECK(ticket->done());
 }
 
+TEST(ATicketSaysWhenItsWorkWasDone) {
+  const Layer layer;
+  Work work(layer, 5);
+  Engine engine(2, {}, *FastestKernels());
+  const auto before = Ticket::Clock::now();
+  const auto first = engine.SubmitForward(work.call), second = engine.Submit([] { throw std::bad_alloc(); });
+  CHECK_THROWS(second->Wait(), std::bad_alloc);
+  const auto after = Ticket::Clock::now();
+  const auto [first_start, first_end] = first->span();
+  const auto [second_start, second_end] = second->span();
+  CHECK(before <= first_start && first_start < first_end && first_end <= second_start);  // one after the other
+  CHECK(second_start <= second_end && second_end <= after);
+}
+
 TEST(AFailureReachesWhoeverWaits) {
   const Layer layer;
   Work work(layer, 5);

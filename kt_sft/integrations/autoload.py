@@ -18,7 +18,7 @@ from types import ModuleType
 _HOOKS = {
     "transformers.quantizers.auto": ("kt_sft.integrations.transformers", "register"),
     "transformers.modeling_utils": ("kt_sft.integrations.transformers", "extend_models"),
-    "transformers.trainer": ("kt_sft.integrations.checkpoints", "extend_trainer"),
+    "transformers.trainer": ("kt_sft.integrations.trainer", "extend_trainer"),
     "llamafactory.hparams.model_args": ("kt_sft.integrations.llamafactory", "extend_model_arguments"),
     "llamafactory.hparams.parser": ("kt_sft.integrations.llamafactory", "check_parsed_arguments"),
     "llamafactory.hparams": ("kt_sft.integrations.llamafactory", "settle_package"),

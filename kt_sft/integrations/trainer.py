@@ -1,0 +1,17 @@
+"""What kt_sft adds to transformers' Trainer."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+from kt_sft.integrations import checkpoints, monitoring
+
+
+def extend_trainer(module: ModuleType) -> None:
+    """Attaches to checkpoints and logs.
+
+    Args:
+        module: `transformers.trainer`.
+    """
+    checkpoints.extend_trainer(module)
+    monitoring.extend_callbacks(module)
