@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from kt_sft.engine.meter import wait
 from kt_sft.engine.operands import Dropout, Operands, Term, split_gradients
+from kt_sft.engine.retention import Retained
 from kt_sft.engine.store import dtype_name
 
 if TYPE_CHECKING:
@@ -31,7 +32,8 @@ class CallTensors:
     idx_TK: Tensor  # int64
     w_TK: Tensor  # FP32
     y_TH: Tensor  # written by the engine
-    pre_SI: Tensor | None  # retained pre-activations, BF16 [T·K, 2I]; None: not wanted, or to be recomputed
+    retained: Retained | None  # None: not wanted, or to be recomputed
+    is_computed: bool = False  # what the engine would write is there already
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +107,11 @@ class Submit(torch.autograd.Function):
         ctx.weights_device, ctx.weights_dtype = top_k_weights.device, top_k_weights.dtype
         ctx.adapters = [(tensor.device, tensor.dtype) for tensor in adapters]
         tokens, slots = tensors.idx_TK.shape
+        # Ties the two nodes together. Its gradient is a number, exact in float64 (see Link).
+        tie = torch.zeros((), dtype=torch.float64)
+        if tensors.is_computed:
+            return tie
+        pre_SI = None if tensors.retained is None else tensors.retained.pre_SI
         link.experts.store.expect(tokens * slots, forward=True)
         link.submitted = time.monotonic()
         link.ticket = link.experts.engine.submit_forward(
@@ -115,12 +122,11 @@ class Submit(torch.autograd.Function):
             hidden=tensors.x_TH.data_ptr(),
             experts=tensors.idx_TK.data_ptr(),
             weights=tensors.w_TK.data_ptr(),
-            retained=_address(tensors.pre_SI),
+            retained=_address(pre_SI),
             output=tensors.y_TH.data_ptr(),
-            held=(tensors, link.experts.store.native, link.operands),
+            held=(tensors, pre_SI, link.experts.store.native, link.operands),
         )
-        # Ties the two nodes together. Its gradient is a number, exact in float64 (see Link).
-        return torch.zeros((), dtype=torch.float64)
+        return tie
 
     @staticmethod
     @once_differentiable
@@ -151,13 +157,14 @@ class Await(torch.autograd.Function):
     def forward(ctx: Any, _: Tensor, tensors: CallTensors, link: Link, device: torch.device, wanted: Wanted) -> Tensor:
         """Gives the output, [T, H], once the engine is done with it."""
         ticket, link.ticket = link.ticket, None
-        wait(link.experts.meter, ticket, link.submitted, tensors.idx_TK)
+        if not tensors.is_computed:
+            wait(link.experts.meter, ticket, link.submitted, tensors.idx_TK)
         ctx.link = link
         ctx.wanted = wanted
-        # With retained pre-activations only adapters' gradients need hidden states. Shapes do not depend on the
+        # Pre-activations may be given up before backward, which then needs hidden states. Shapes do not depend on the
         # routing, as non-reentrant checkpointing demands.
-        x_TH = tensors.x_TH if tensors.pre_SI is None or wanted.adapters else None
-        ctx.save_for_backward(x_TH, tensors.idx_TK, tensors.w_TK, tensors.pre_SI)
+        ctx.retained = tensors.retained
+        ctx.save_for_backward(tensors.x_TH, tensors.idx_TK, tensors.w_TK)
         return tensors.y_TH.to(device)
 
     @staticmethod
@@ -165,7 +172,8 @@ class Await(torch.autograd.Function):
     def backward(ctx: Any, y_grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         """Takes the output's gradient; gives the number of the backward that the engine has begun."""
         link, wanted = ctx.link, ctx.wanted
-        x_TH, idx_TK, w_TK, pre_SI = ctx.saved_tensors
+        x_TH, idx_TK, w_TK = ctx.saved_tensors
+        pre_SI = None if ctx.retained is None else ctx.retained.of(idx_TK, w_TK)
         dy_TH = y_grad.detach().to("cpu").contiguous()
         dx_TH = torch.empty_like(dy_TH) if wanted.x else None
         dw_TK = torch.empty_like(w_TK) if wanted.w else None

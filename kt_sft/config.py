@@ -62,7 +62,10 @@ class KTConfig(QuantizationConfigMixin):
             checked, and the files must stay as they are.
         num_threads: Engine threads. None: the CPUs this process may use, divided among the processes of this machine.
         activation_policy: "retain" keeps the experts' gate and up activations for backward (2·S·I·2 bytes a layer,
-            S routed rows, I expert intermediate size), "recompute" computes them again there.
+            S routed rows, I expert intermediate size), and their forward is not run a second time where layers are
+            checkpointed; "recompute" computes them again.
+        retained_mb: MiB of host memory that retained activations may take; where it is full the oldest are computed
+            again. None: half of what is free when the first are retained.
         lora_experts: Whether new adapters cover the routed experts.
         lora_memory: Where adapters on routed experts lie, with their gradients and optimizer state: "accelerator" (with
             the model's other parameters) or "host", for those that would not fit there.
@@ -88,6 +91,7 @@ class KTConfig(QuantizationConfigMixin):
     activation_policy: str = "retain"
     lora_experts: bool = False
     lora_memory: str = "accelerator"
+    retained_mb: int | None = None
     overlap_shared_experts: bool | None = None
     metrics: str = "step"
     profile: str | None = None
@@ -107,6 +111,7 @@ class KTConfig(QuantizationConfigMixin):
         self._check_flag("overlap_shared_experts")
         self._check_count("group_size", least=0)
         self._check_count("num_threads", least=1, most=MOST_THREADS)
+        self._check_count("retained_mb", least=0, most=1 << 30)
         self._check_count("scratch_mb", least=1, most=1 << 20)
         if self.quant_method != QUANT_METHOD:
             raise ConfigError(f"kt_sft: quant_method is always {QUANT_METHOD!r}, got {self.quant_method!r}")

@@ -17,6 +17,16 @@ from kt_sft.engine.engine import get_engine
 from kt_sft.engine.low_rank import LowRank
 from kt_sft.engine.meter import Meter
 from kt_sft.engine.operands import Dropout, OperandCache, Operands, Term
+from kt_sft.engine.retention import (
+    CallKey,
+    Result,
+    is_checkpointed,
+    limit_of,
+    recall,
+    remember,
+    retention,
+    will_be_called_again,
+)
 from kt_sft.engine.store import LayerStore, dtype_name
 
 
@@ -161,12 +171,18 @@ class CpuExperts(nn.Module):
             w=grads and top_k_weights.requires_grad,
             adapters=grads and any(tensor.requires_grad for tensor in factors),
         )
-        tensors = self._tensors(hidden_states, top_k_index, top_k_weights, backward_wanted=bool(wanted))
         link = Link(self, terms, self._operands_of(terms), self._dropout_of(terms))
+        x_TH, idx_TK, w_TK = self._on_cpu(hidden_states, top_k_index, top_k_weights)
+        key = self._key(x_TH, idx_TK, w_TK, link)
+        tensors = self._tensors(x_TH, idx_TK, w_TK, key, retains=bool(wanted))
         submitted = Submit.apply(hidden_states, top_k_weights, tensors, link, *factors)
         if self.beside is not None:
             self.beside(hidden_states)
-        return Await.apply(submitted, tensors, link, hidden_states.device, wanted)
+        output = Await.apply(submitted, tensors, link, hidden_states.device, wanted)
+        if key is not None and not tensors.is_computed:
+            y_TH = tensors.y_TH.detach()  # it must not keep the graph alive that keeps it
+            remember(self, Result(key, y_TH, y_TH._version, tensors.retained))
+        return output
 
     def _dropout_of(self, terms: Sequence[Term]) -> Dropout:
         share = max((term.dropout for term in terms), default=0.0)
@@ -185,9 +201,7 @@ class CpuExperts(nn.Module):
             terms, (rows, self.hidden_dim), (self.hidden_dim, self.intermediate_dim), self.num_experts
         )
 
-    def _tensors(
-        self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, backward_wanted: bool
-    ) -> CallTensors:
+    def _on_cpu(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> tuple[Tensor, ...]:
         x_TH = hidden_states.detach().to("cpu").contiguous()
         idx_TK = top_k_index.detach().to("cpu", torch.int64).contiguous()
         w_TK = top_k_weights.detach().to("cpu", torch.float32).contiguous()
@@ -198,11 +212,29 @@ class CpuExperts(nn.Module):
                     f"kt_sft: top_k_index holds {low if low < 0 else high}; valid are 0 to {self.num_experts - 1}, "
                     f"and {self.num_experts} for no expert"
                 )
-        pre_SI = None
-        if backward_wanted and self.config.activation_policy == "retain":
-            columns = self.intermediate_dim * (2 if self.store.gated else 1)
-            pre_SI = torch.from_numpy(self.engine.take_bf16(idx_TK.numel(), columns)).view(torch.bfloat16)
-        return CallTensors(x_TH, idx_TK, w_TK, torch.empty_like(x_TH), pre_SI)
+        return x_TH, idx_TK, w_TK
+
+    def _key(self, x_TH: Tensor, idx_TK: Tensor, w_TK: Tensor, link: Link) -> CallKey | None:
+        """By which a checkpointed call is known again; None where results are not kept."""
+        if self.config.activation_policy != "retain" or not is_checkpointed():
+            return None
+        return CallKey.of(x_TH, idx_TK, w_TK, link.operands, link.dropout)
+
+    def _tensors(self, x_TH: Tensor, idx_TK: Tensor, w_TK: Tensor, key: CallKey | None, retains: bool) -> CallTensors:
+        result = None if key is None else recall(self, key)
+        if result is not None:
+            return CallTensors(x_TH, idx_TK, w_TK, result.y_TH.detach(), result.retained, is_computed=True)
+        retained = None
+        if (retains or will_be_called_again()) and self.config.activation_policy == "retain":
+            rows, columns = idx_TK.numel(), self.intermediate_dim * (2 if self.store.gated else 1)
+            retained = retention().take(
+                2 * rows * columns,
+                limit_of(self.config.retained_mb),
+                lambda: torch.from_numpy(self.engine.take_bf16(rows, columns)).view(torch.bfloat16),
+                idx_TK,
+                w_TK,
+            )
+        return CallTensors(x_TH, idx_TK, w_TK, torch.empty_like(x_TH), retained)
 
     def _check_inputs(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> None:
         if hidden_states.dim() != 2 or hidden_states.shape[1] != self.hidden_dim:

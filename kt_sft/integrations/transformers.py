@@ -1,10 +1,12 @@
-"""Where kt_sft attaches to transformers: its quantizer registry, and three seams beyond it."""
+"""Where kt_sft attaches to transformers: its quantizer registry, and four seams beyond it."""
 
 from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import os
+import sys
 from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
@@ -26,13 +28,17 @@ def register(auto: ModuleType) -> None:
 
 
 def extend_models(modeling: ModuleType) -> None:
-    """Wraps `PreTrainedModel.from_pretrained` and `save_pretrained`, which do not tell a quantizer all it must know.
+    """Wraps methods of `PreTrainedModel`.
+
+    `from_pretrained` and `save_pretrained` do not tell a quantizer all it must know; `_set_gradient_checkpointing` says
+    how layers are checkpointed.
 
     Args:
         modeling: The module `transformers.modeling_utils`.
     """
     _pass_key_mapping(modeling.PreTrainedModel)
     _guard_saving(modeling.PreTrainedModel)
+    _remember_checkpointed(modeling.PreTrainedModel)
 
 
 def _pass_key_mapping(model_class: Any) -> None:
@@ -88,6 +94,26 @@ def _guard_saving(model_class: Any) -> None:
         return saved
 
     model_class.save_pretrained = save_pretrained
+
+
+def _remember_checkpointed(model_class: Any) -> None:
+    """Lets routed experts in the engine remember their results where checkpointing is going to call them again."""
+    set_checkpointing = model_class._set_gradient_checkpointing
+    signature = inspect.signature(set_checkpointing)
+
+    @functools.wraps(set_checkpointing)
+    def _set_gradient_checkpointing(self: Any, *args: Any, **kwargs: Any) -> None:
+        experts = sys.modules.get("kt_sft.experts")  # not imported into processes that have no use for it
+        if experts is None or not any(isinstance(part, experts.CpuExperts) for part in self.modules()):
+            return set_checkpointing(self, *args, **kwargs)
+        from kt_sft.engine.retention import in_pieces
+
+        call = signature.bind(self, *args, **kwargs)
+        call.apply_defaults()
+        call.arguments["gradient_checkpointing_func"] = in_pieces(call.arguments["gradient_checkpointing_func"])
+        return set_checkpointing(*call.args, **call.kwargs)
+
+    model_class._set_gradient_checkpointing = _set_gradient_checkpointing
 
 
 def _made_on_use(base: type) -> type:

@@ -21,13 +21,20 @@ import transformers
 import transformers.quantizers.auto as auto
 from llamafactory.hparams import ModelArguments
 from llamafactory.model import adapter
-from llamafactory.model.model_utils import quantization
+from llamafactory.model.model_utils import checkpointing, quantization
 from packaging.version import Version
 from peft import LoraConfig, PeftConfig, peft_model
 from peft.tuners import tuners_utils
 from peft.tuners.lora import model as lora_model
 from peft.tuners.lora.layer import LoraLayer
-from transformers import PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM, conversion_mapping, core_model_loading
+from transformers import (
+    PreTrainedModel,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    conversion_mapping,
+    core_model_loading,
+    modeling_layers,
+)
 from transformers.integrations import moe
 from transformers.quantizers.base import HfQuantizer
 
@@ -277,6 +284,21 @@ class TestTransformers:
         assert checkpoints._STATE == names.TRAINER_STATE_NAME
         assert checkpoints._RESUMED_STATES[:2] == (names.OPTIMIZER_NAME, names.SCHEDULER_NAME)
         assert checkpoints._NUMBERED.fullmatch(f"{names.PREFIX_CHECKPOINT_DIR}-12")
+
+    def test_layers_are_told_how_they_are_checkpointed(self) -> None:
+        """One method hands all layers the checkpointing function; they call it with a partial of their own call."""
+        tell = PreTrainedModel._set_gradient_checkpointing
+        assert hasattr(tell, "__wrapped__")
+        assert parameters(tell) == ["self", "enable", "gradient_checkpointing_func"]
+        for enable in (PreTrainedModel.gradient_checkpointing_enable, checkpointing._gradient_checkpointing_enable):
+            assert "self._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=" in (
+                inspect.getsource(enable)
+            )
+        call = inspect.getsource(modeling_layers.GradientCheckpointingLayer.__call__)
+        assert "self._gradient_checkpointing_func(partial(super().__call__, **kwargs), *args)" in call
+        looked_at = inspect.getsource(checkpointing.get_custom_gradient_checkpointing_func)
+        assert "if isinstance(func, partial):" in looked_at
+        assert "func.func.__self__" in looked_at
 
     def test_save_pretrained_is_guarded(self) -> None:
         expected = ["self", "save_directory", "is_main_process", "state_dict"]

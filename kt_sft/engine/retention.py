@@ -1,0 +1,278 @@
+"""What is kept of a layer's forward until its backward: pre-activations, and outputs of layers that are checkpointed.
+
+Shape letters: T tokens, K experts per token, H hidden size, I expert intermediate size, S = T·K.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kt_sft.config import local_rank_and_size
+from kt_sft.engine.memory import available_bytes
+
+logger = logging.getLogger("kt_sft")
+
+_MIB = 1 << 20
+
+#: The part of the host memory that is free at the first retaining forward, where no setting says how much.
+_SHARE = 0.5
+
+
+class Retained:
+    """The pre-activations of one forward, [S, 2I] BF16, until they are used up, or given up to make room.
+
+    Their rows are sorted by expert, so they are of use only to a backward over the same routing.
+    """
+
+    def __init__(self, pre_SI: Tensor, idx_TK: Tensor, w_TK: Tensor) -> None:
+        self.pre_SI: Tensor | None = pre_SI
+        self._routing = idx_TK, w_TK
+
+    def of(self, idx_TK: Tensor, w_TK: Tensor) -> Tensor | None:
+        """The pre-activations, if they are still there and of that routing.
+
+        torch's own checkpointing hands backward what the second call has computed. Should that have been routed
+        otherwise, all of it counts, and pre-activations are computed again.
+        """
+        same = torch.equal(idx_TK, self._routing[0]) and torch.equal(w_TK, self._routing[1])
+        return self.pre_SI if same else None
+
+    def give_up(self) -> None:
+        """Lets go of the memory; backward computes pre-activations again."""
+        self.pre_SI = None
+
+
+class Retention:
+    """All that this process retains, oldest first."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()  # memory may be released, by its last owner, while this thread is in here
+        self._kept: dict[int, tuple[weakref.ref[Retained], int]] = {}
+        self._number = self.nbytes = 0
+        self._said_spilling = False
+
+    def take(
+        self, nbytes: int, limit: int, allocate: Callable[[], Tensor], idx_TK: Tensor, w_TK: Tensor
+    ) -> Retained | None:
+        """Memory for pre-activations; the oldest ones are given up where they would not all stay within the limit.
+
+        Args:
+            nbytes: The size.
+            limit: Of all together, in bytes.
+            allocate: Gives the memory.
+            idx_TK: The routing of the forward whose pre-activations they are going to be.
+            w_TK: Likewise.
+
+        Returns:
+            None if not even these alone fit.
+        """
+        if nbytes > limit:
+            return None
+        self._make_room(limit - nbytes)
+        retained = Retained(allocate(), idx_TK, w_TK)
+        with self._lock:
+            self._number += 1
+            self._kept[self._number] = weakref.ref(retained), nbytes
+            self.nbytes += nbytes
+            weakref.finalize(retained, self._forget, self._number).atexit = False
+        return retained
+
+    def _make_room(self, limit: int) -> None:
+        with self._lock:
+            while self.nbytes > limit and self._kept:
+                number = next(iter(self._kept))
+                retained = self._kept[number][0]()
+                self._forget(number)
+                if retained is None:
+                    continue
+                retained.give_up()
+                if not self._said_spilling:
+                    self._said_spilling = True
+                    logger.info(
+                        "the memory for retained activations is full: the oldest are given up and computed again in "
+                        "backward; set retained_mb higher where there is more"
+                    )
+
+    def _forget(self, number: int) -> None:
+        with self._lock:
+            _, nbytes = self._kept.pop(number, (None, 0))
+            self.nbytes -= nbytes
+
+
+@functools.cache
+def retention() -> Retention:
+    """This process's."""
+    return Retention()
+
+
+@functools.cache
+def _free_share() -> int:
+    """The limit where no setting says one; found once, when the model's weights are there."""
+    free = available_bytes()
+    rank, processes = local_rank_and_size()
+    if free is None:
+        return sys.maxsize
+    limit = int(free * _SHARE / processes)
+    if rank == 0:
+        logger.info(
+            "experts' activations are retained in up to %.1f GiB of host memory, half of what is free%s; beyond that "
+            "they are computed again (set retained_mb for another amount)",
+            limit / (1024 * _MIB),
+            f" for {processes} processes" if processes > 1 else "",
+        )
+    return limit
+
+
+def limit_of(retained_mb: int | None) -> int:
+    """Bytes that may be retained, by the setting."""
+    return _free_share() if retained_mb is None else retained_mb * _MIB
+
+
+@dataclasses.dataclass(frozen=True)
+class CallKey:
+    """What tells whether a call of a layer is the same as one before, to the bit."""
+
+    dtype: torch.dtype
+    x_bits: int  # the sum of the hidden states' bit patterns
+    idx_TK: Tensor
+    w_TK: Tensor
+    settings: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, x_TH: Tensor, idx_TK: Tensor, w_TK: Tensor, *settings: Any) -> CallKey:
+        """Of tensors on the CPU, and whatever else the result depends on, to be compared by `==`."""
+        values = x_TH.flatten()
+        if values.storage_offset() * values.element_size() % 8:
+            values = values.clone()  # to an address where the largest integers may lie
+        # In the largest pieces, as this reads all hidden states.
+        rest = torch.int32 if x_TH.dtype == torch.float32 else torch.int16
+        bits = int(values.view(rest if values.nbytes % 8 else torch.int64).sum(dtype=torch.int64))
+        return cls(x_TH.dtype, bits, idx_TK, w_TK, settings)
+
+    def matches(self, other: CallKey) -> bool:
+        """Whether both are of the same call."""
+        return (
+            (self.dtype, self.x_bits) == (other.dtype, other.x_bits)
+            and all(
+                mine is theirs or mine == theirs for mine, theirs in zip(self.settings, other.settings, strict=True)
+            )
+            and torch.equal(self.idx_TK, other.idx_TK)
+            and torch.equal(self.w_TK, other.w_TK)
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a forward gave, for the time when it is asked for again."""
+
+    key: CallKey
+    y_TH: Tensor
+    version: int
+    retained: Retained | None
+
+
+class _Results:
+    """Of the layers of one checkpointed piece, in the order of their calls."""
+
+    def __init__(self) -> None:
+        self.is_first = True
+        self._of: dict[Any, list[Result]] = {}
+
+    def add(self, layer: Any, result: Result) -> None:
+        self._of.setdefault(layer, []).append(result)
+
+    def take(self, layer: Any, key: CallKey) -> Result | None:
+        results = self._of.get(layer)
+        result = results.pop(0) if results else None
+        if result is None:
+            return None
+        if not result.key.matches(key):
+            if result.retained is not None:
+                result.retained.give_up()  # the first call is void: backward is over the second
+            return None
+        # The output is the model's own tensor where that is on the CPU: it may have been changed in place.
+        return result if result.y_TH._version == result.version else None
+
+
+_RESULTS: ContextVar[_Results | None] = ContextVar("kt_sft_checkpointed_results", default=None)
+
+
+class CheckpointedPiece(functools.partial):
+    """A function that is called in forward and again in backward, as activation checkpointing does.
+
+    Layers that are called within remember their results from the first call for the second. It lives as long as
+    the graph that may call it again, and so do they. It is a `partial`, as which LLaMA-Factory looks into it.
+    """
+
+    results: _Results
+
+    @classmethod
+    def of(cls, function: Callable[..., Any]) -> CheckpointedPiece:
+        """Of what is given to a checkpointing function."""
+        if isinstance(function, functools.partial):
+            piece = cls(function.func, *function.args, **function.keywords)
+        else:
+            piece = cls(function)
+        piece.results = _Results()
+        return piece
+
+    def __call__(self, /, *args: Any, **keywords: Any) -> Any:
+        """As the function; the first call is told apart from those after it."""
+        with _within(self.results):
+            return super().__call__(*args, **keywords)
+
+
+@contextmanager
+def _within(results: _Results) -> Iterator[None]:
+    token = _RESULTS.set(results)
+    try:
+        yield
+    finally:
+        results.is_first = False
+        _RESULTS.reset(token)
+
+
+def in_pieces(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+    """A checkpointing function whose pieces let layers remember their results."""
+
+    @functools.wraps(checkpoint)
+    def checkpointed(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return checkpoint(CheckpointedPiece.of(function), *args, **kwargs)
+
+    return checkpointed
+
+
+def is_checkpointed() -> bool:
+    """Whether this thread is in a checkpointed piece."""
+    return _RESULTS.get() is not None
+
+
+def will_be_called_again() -> bool:
+    """Whether this thread is in the first call of a checkpointed piece."""
+    results = _RESULTS.get()
+    return results is not None and results.is_first
+
+
+def remember(layer: Any, result: Result) -> None:
+    """Keeps a result for the second call of the piece that this thread is in."""
+    results = _RESULTS.get()
+    if results is not None and results.is_first:
+        results.add(layer, result)
+
+
+def recall(layer: Any, key: CallKey) -> Result | None:
+    """The result of the same call in the first call of the piece; None if there is none."""
+    results = _RESULTS.get()
+    return None if results is None or results.is_first else results.take(layer, key)
