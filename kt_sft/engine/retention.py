@@ -249,7 +249,9 @@ def in_pieces(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(checkpoint)
     def checkpointed(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return checkpoint(CheckpointedPiece.of(function), *args, **kwargs)
+        if torch.is_grad_enabled():  # otherwise there will be no second call, as in a pass of DPO's reference
+            function = CheckpointedPiece.of(function)
+        return checkpoint(function, *args, **kwargs)
 
     return checkpointed
 

@@ -40,6 +40,10 @@ def test_training_learns_and_says_what_runs(trained: tuple[Path, str]) -> None:
     assert (output / "adapter_model.safetensors").exists()
     assert "routed experts on the CPU: 16 experts in 2 layers, bf16" in log
     assert "tier " in log
+    assert "experts' activations are retained in up to" in log
+    assert "step 4: " in log  # the line that sums the engine's work up
+    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    assert all(0 <= entry["kt_sft/hidden_share"] <= 1 for entry in history if "loss" in entry)
 
 
 def test_resume_continues_as_if_uninterrupted(

@@ -246,10 +246,15 @@ class TestCheckpointing:
         gc.collect()
         assert kept.nbytes == 0
 
-    def test_without_a_graph_nothing_is_kept(self, use_reentrant: bool, kept: Retention) -> None:
+    def test_without_a_graph_nothing_is_kept(
+        self, use_reentrant: bool, kept: Retention, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Nor is anything given up for it."""
         (layer,) = make_layers()
-        with torch.no_grad():
-            in_pieces(checkpoint)(layer, *inputs(), use_reentrant=use_reentrant)
+        monkeypatch.setattr(kept, "take", lambda *_: pytest.fail("no memory may be taken"))
+        for without_graph in (torch.no_grad, torch.inference_mode):
+            with without_graph():
+                in_pieces(checkpoint)(layer, *inputs(), use_reentrant=use_reentrant)
         gc.collect()
         assert kept.nbytes == 0
 
