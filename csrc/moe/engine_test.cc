@@ -106,7 +106,7 @@ TEST(WhatWasSubmittedIsFinishedBeforeTheEngineGoes) {
 TEST(ATicketSaysWhenItsWorkWasDone) {
   const Layer layer;
   Work work(layer, 5);
-  Engine engine(2, {}, *FastestKernels());
+  Engine engine(2, {}, *KernelsOf(FastestTiers()));
   const auto before = Ticket::Clock::now();
   const auto first = engine.SubmitForward(work.call), second = engine.Submit([] { throw std::bad_alloc(); });
   CHECK_THROWS(second->Wait(), std::bad_alloc);
