@@ -27,14 +27,7 @@ from peft import LoraConfig, PeftConfig, peft_model
 from peft.tuners import tuners_utils
 from peft.tuners.lora import model as lora_model
 from peft.tuners.lora.layer import LoraLayer
-from transformers import (
-    PreTrainedModel,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
-    conversion_mapping,
-    core_model_loading,
-    modeling_layers,
-)
+from transformers import PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM, conversion_mapping, core_model_loading
 from transformers.integrations import moe
 from transformers.quantizers.base import HfQuantizer
 
@@ -294,7 +287,7 @@ class TestTransformers:
             assert "self._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=" in (
                 inspect.getsource(enable)
             )
-        call = inspect.getsource(modeling_layers.GradientCheckpointingLayer.__call__)
+        call = inspect.getsource(transformers.modeling_layers.GradientCheckpointingLayer.__call__)
         assert "self._gradient_checkpointing_func(partial(super().__call__, **kwargs), *args)" in call
         looked_at = inspect.getsource(checkpointing.get_custom_gradient_checkpointing_func)
         assert "if isinstance(func, partial):" in looked_at
