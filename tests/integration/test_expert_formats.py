@@ -73,7 +73,9 @@ def test_experts_that_lie_transposed_are_turned_before_they_are_quantised(expert
 
 def test_the_memory_asked_for_is_that_of_the_format(tiny_moe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def load(expert_format: str) -> nn.Module:
-        return AutoModelForCausalLM.from_pretrained(tiny_moe, quantization_config=KTConfig(expert_format=expert_format))
+        return AutoModelForCausalLM.from_pretrained(
+            tiny_moe, quantization_config=KTConfig(expert_format=expert_format, store="resident")
+        )
 
     held = {name: sum(store.nbytes for store in stores(load(name))) for name in ("bf16", "int4")}
     dense = sum(parameter.nbytes for parameter in load("int4").parameters())

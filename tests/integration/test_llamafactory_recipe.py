@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from kt_sft.config import ConfigError, KTConfig
 from kt_sft.integrations import autoload
 from kt_sft.integrations.llamafactory import ABSENT, config_of
 
-SETTINGS = "expert_format, group_size, zero_point, compute, num_threads, activation_policy, lora_experts"
+SETTINGS = ", ".join(field.name for field in dataclasses.fields(KTConfig) if field.name != "quant_method")
 
 BLOCKS = {
     "unknown key": ({"expert_fromat": "bf16"}, f"unknown setting 'expert_fromat'; the settings are {SETTINGS}"),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -194,6 +195,7 @@ def test_llamafactory_accepts_the_inference_recipe(path: Path, tmp_path: Path) -
     # The recipe names the output of the one that trains; adapters are looked at before anything is loaded.
     assert recipe["adapter_name_or_path"] == read(RECIPES / "qwen3_30b_a3b_lora_sft.yaml")["output_dir"]
     save_file({"base_model.model.q_proj.lora_A.weight": torch.zeros(1, 1)}, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 1, "lora_alpha": 1}))
     recipe["adapter_name_or_path"] = str(tmp_path)
 
     model_args, data_args, _, _ = get_infer_args(dict(recipe))
