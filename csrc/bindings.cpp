@@ -90,6 +90,15 @@ Matrix MatrixFromName(const std::string& name) {
   throw std::invalid_argument("matrix must be gate, up or down, got " + name);
 }
 
+// "": the format's own.
+ScaleType ScaleTypeFromName(const std::string& name) {
+  if (name.empty()) return ScaleType::kNone;
+  if (name == "float32") return ScaleType::kF32;
+  if (name == "bfloat16") return ScaleType::kBf16;
+  if (name == "float16") return ScaleType::kF16;
+  throw std::invalid_argument("scales must be float32, bfloat16 or float16, got " + name);
+}
+
 Compute ComputeFromName(const std::string& name) {
   if (name == "bf16") return Compute::kBf16;
   if (name == "int8") return Compute::kInt8;
@@ -187,12 +196,13 @@ void BindLayer(py::module_& m) {
 
   py::class_<ExpertLayer>(m, "ExpertLayer")
       .def(py::init([](int64_t experts, int64_t hidden, int64_t intermediate, const std::string& activation, bool gated,
-                       const std::string& format, int64_t group, bool zero_point, const std::vector<int>& nodes,
-                       bool shared, int descriptor, bool mapped) {
+                       const std::string& format, int64_t group, bool zero_point, const std::string& scale_type,
+                       const std::vector<int>& nodes, bool shared, int descriptor, bool mapped) {
              const LayerShape shape{experts,      hidden,
                                     intermediate, ActivationFromName(activation),
                                     gated,        FormatFromName(format.c_str()),
-                                    group,        zero_point};
+                                    group,        zero_point,
+                                    ScaleTypeFromName(scale_type)};
              if (descriptor >= 0)
                return std::make_unique<ExpertLayer>(shape,
                                                     [&](size_t bytes) { return Block::MapShared(descriptor, bytes); });
@@ -203,7 +213,8 @@ void BindLayer(py::module_& m) {
              return layer;
            }),
            py::kw_only(), py::arg("experts"), py::arg("hidden"), py::arg("intermediate"), py::arg("activation"),
-           py::arg("gated"), py::arg("format"), py::arg("group"), py::arg("zero_point"), py::arg("nodes"),
+           py::arg("gated"), py::arg("format"), py::arg("group"), py::arg("zero_point"), py::arg("scale_type") = "",
+           py::arg("nodes"),
            py::arg("shared"), py::arg("descriptor"), py::arg("mapped"))
       .def_property_readonly("nbytes", &ExpertLayer::bytes)
       .def_property_readonly("descriptor", &ExpertLayer::descriptor)
@@ -248,6 +259,29 @@ void BindLayer(py::module_& m) {
              int64_t row_stride) { layer.Map(MatrixFromName(matrix), expert, file, offset, row_stride); },
           py::arg("matrix"), py::arg("expert"), py::arg("file"), py::arg("offset"), py::arg("row_stride"))
       .def("read_ahead", &ExpertLayer::ReadAhead, py::call_guard<py::gil_scoped_release>())
+      .def(
+          "write_codes",
+          [](ExpertLayer& layer, const std::string& matrix, int64_t expert, uintptr_t codes, int64_t row_stride,
+             uintptr_t scales, uintptr_t zeros) {
+            const Matrix which = MatrixFromName(matrix);
+            const SourceCodes source{Pointer<uint8_t>(codes), row_stride, Pointer<uint8_t>(scales),
+                                     Pointer<uint8_t>(zeros)};
+            const py::gil_scoped_release release;
+            layer.WriteCodes(which, expert, source);
+          },
+          py::arg("matrix"), py::arg("expert"), py::arg("codes"), py::arg("row_stride"), py::arg("scales"),
+          py::arg("zeros"))
+      .def(
+          "read_codes",
+          [](ExpertLayer& layer, const std::string& matrix, int64_t expert, const std::string& path, int64_t offset,
+             int64_t row_stride, uintptr_t scales, uintptr_t zeros) {
+            const Matrix which = MatrixFromName(matrix);
+            const SourceCodes layout{nullptr, row_stride, Pointer<uint8_t>(scales), Pointer<uint8_t>(zeros)};
+            const py::gil_scoped_release release;
+            layer.ReadCodes(which, expert, path, offset, layout);
+          },
+          py::arg("matrix"), py::arg("expert"), py::arg("path"), py::arg("offset"), py::arg("row_stride"),
+          py::arg("scales"), py::arg("zeros"))
       .def("written", [](const ExpertLayer& layer, const std::string& matrix,
                          int64_t expert) { return layer.written(MatrixFromName(matrix), expert); })
       .def("dequantize",
@@ -367,8 +401,12 @@ PYBIND11_MODULE(_native, m) {
       "Names of the weight formats this build decodes.");
   m.def(
       "matrix_bytes",
-      [](const std::string& format, int64_t group, bool zero_point, int64_t rows, int64_t columns) {
-        return kt::StorageOf(kt::FormatFromName(format.c_str()), group, zero_point).bytes(rows, columns);
+      [](const std::string& format, int64_t group, bool zero_point, int64_t rows, int64_t columns,
+         const std::string& scale_type) {
+        kt::Storage storage = kt::StorageOf(kt::FormatFromName(format.c_str()), group, zero_point);
+        if (!scale_type.empty()) storage.scale_type = kt::ScaleTypeFromName(scale_type);
+        return storage.bytes(rows, columns);
       },
-      "Bytes that a matrix takes in a format, scales included.");
+      py::arg("format"), py::arg("group"), py::arg("zero_point"), py::arg("rows"), py::arg("columns"),
+      py::arg("scale_type") = "", "Bytes that a matrix takes in a format, scales included.");
 }

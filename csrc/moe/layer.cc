@@ -63,10 +63,56 @@ bool AllFinite(const uint8_t* values, int64_t count) {
   return bad == 0;
 }
 
+Storage StorageOfLayer(const LayerShape& shape) {
+  Storage storage = StorageOf(shape.format, shape.group, shape.zero_point);
+  if (shape.scale_type == ScaleType::kNone || shape.scale_type == storage.scale_type) return storage;
+  if (shape.format != Format::kInt4 || shape.scale_type == ScaleType::kE8M0)
+    throw std::invalid_argument("only int4 has scales of another type than its own: float32, bfloat16 or float16");
+  storage.scale_type = shape.scale_type;
+  return storage;
+}
+
+// The largest magnitude of a code, zero point included.
+float LargestCode(Format format) {
+  switch (format) {
+    case Format::kInt8:
+      return 127.0F;
+    case Format::kInt4:
+      return 16.0F;
+    case Format::kFp8:
+      return 448.0F;
+    case Format::kMxfp4:
+      return 6.0F;
+    case Format::kNf4:
+    case Format::kBf16:
+      break;
+  }
+  return 1.0F;
+}
+
+void CheckScales(const MatrixView& w, Format format, int64_t rows, int64_t groups) {
+  constexpr float kLargestBf16 = 0x1.fep127F;
+  const float largest = kLargestBf16 / LargestCode(format);
+  // Where codes reach further on one side, a negative scale turns them round.
+  const bool signed_scales = format == Format::kInt4 || format == Format::kNf4;
+  std::vector<float> scales(static_cast<size_t>(groups));
+  for (int64_t row = 0; row < rows; row += w.group_rows) {
+    const int64_t band = row / w.group_rows;
+    LoadScales(w, row, 0, groups, scales.data());
+    for (int64_t g = 0; g < groups; ++g) {
+      const float scale = scales[static_cast<size_t>(g)];
+      const bool number = w.scale_type != ScaleType::kE8M0 || w.scales[band * w.scale_stride + g] != 255;
+      if (number && std::fabs(scale) <= largest && (signed_scales || !std::signbit(scale))) continue;
+      throw std::invalid_argument("the scale at row " + std::to_string(band) + ", column " + std::to_string(g) +
+                                  " is " + (number ? std::to_string(scale) : "no number"));
+    }
+  }
+}
+
 }  // namespace
 
 ExpertLayer::ExpertLayer(const LayerShape& shape, const Allocate& allocate)
-    : shape_(shape), storage_(StorageOf(shape.format, shape.group, shape.zero_point)) {
+    : shape_(shape), storage_(StorageOfLayer(shape)) {
   constexpr int64_t kLargest = int64_t{1} << 24;
   for (const int64_t size : {shape.experts, shape.hidden, shape.intermediate}) {
     if (size < 1 || size > kLargest)
@@ -173,6 +219,8 @@ QuantisationError ExpertLayer::error() const {
 }
 
 void ExpertLayer::StoreRows(Matrix matrix, int64_t expert, int64_t row, int64_t count, const SourceMatrix& source) {
+  if (shape_.scale_type != ScaleType::kNone && shape_.scale_type != ScaleType::kBf16)
+    throw std::invalid_argument("this layer keeps a checkpoint's own scales, so it takes codes and not values");
   const int64_t width = columns(matrix), band = storage_.group_rows;
   uint8_t* const base = WritableBase(matrix, expert);
   const bool copies = storage_.format == Format::kBf16 && source.type == DType::kBf16 && source.column_stride == 1;
@@ -233,6 +281,66 @@ void ExpertLayer::ReadFile(Matrix matrix, int64_t expert, const std::string& pat
       static_cast<size_t>(((width - 1) * layout.column_stride + (height - 1) * layout.row_stride + 1) * item));
   ReadExactly(file, path, offset, slab.data(), static_cast<int64_t>(slab.size()));
   Write(matrix, expert, {slab.data(), layout.type, layout.row_stride, layout.column_stride});
+}
+
+void ExpertLayer::WriteCodes(Matrix matrix, int64_t expert, const SourceCodes& source) {
+  const int64_t bytes = storage_.row_bytes(columns(matrix));
+  uint8_t* const to = WritableBase(matrix, expert);
+  for (int64_t r = 0; r < rows(matrix); ++r)
+    std::memcpy(to + r * bytes, source.codes + r * source.row_stride, static_cast<size_t>(bytes));
+  FinishCodes(matrix, expert, source);
+}
+
+void ExpertLayer::ReadCodes(Matrix matrix, int64_t expert, const std::string& path, int64_t offset,
+                            const SourceCodes& layout) {
+  const FileDescriptor file(path);
+  const int64_t height = rows(matrix), bytes = storage_.row_bytes(columns(matrix)), stride = layout.row_stride;
+  uint8_t* const to = WritableBase(matrix, expert);
+  if (stride == bytes) {
+    ReadExactly(file, path, offset, to, height * bytes);
+    return FinishCodes(matrix, expert, layout);
+  }
+  const int64_t rows_at_once = std::max<int64_t>(1, (int64_t{4} << 20) / stride);
+  std::vector<uint8_t> buffer;
+  for (int64_t r = 0; r < height; r += rows_at_once) {
+    const int64_t count = std::min(rows_at_once, height - r);
+    buffer.resize(static_cast<size_t>((count - 1) * stride + bytes));
+    ReadExactly(file, path, offset + r * stride, buffer.data(), static_cast<int64_t>(buffer.size()));
+    for (int64_t i = 0; i < count; ++i)
+      std::memcpy(to + (r + i) * bytes, buffer.data() + i * stride, static_cast<size_t>(bytes));
+  }
+  FinishCodes(matrix, expert, layout);
+}
+
+void ExpertLayer::FinishCodes(Matrix matrix, int64_t expert, const SourceCodes& source) {
+  const int64_t height = rows(matrix), width = columns(matrix);
+  if (storage_.scale_type == ScaleType::kNone || (source.zeros != nullptr) != storage_.zero_point)
+    throw std::invalid_argument("these are not the codes, scales and zero points of " +
+                                std::string(FormatName(shape_.format)));
+  uint8_t* const base = WritableBase(matrix, expert);
+  const MatrixView w = storage_.view(base, height, width);
+  if (shape_.format == Format::kFp8) {
+    uint32_t bad = 0;
+    for (int64_t i = 0; i < height * width; ++i) bad |= static_cast<uint32_t>((base[i] & 0x7f) == 0x7f);
+    for (int64_t i = 0; bad != 0 && i < height * width; ++i) {
+      if ((base[i] & 0x7f) != 0x7f) continue;
+      throw std::invalid_argument("row " + std::to_string(i / width) + ", column " + std::to_string(i % width) +
+                                  " is no number");
+    }
+  }
+  const int64_t bands = CeilDiv(height, storage_.group_rows), groups = w.scale_stride / ScaleBytes(w.scale_type);
+  std::memcpy(base + (w.scales - base), source.scales, static_cast<size_t>(bands * w.scale_stride));
+  CheckScales(w, shape_.format, height, groups);
+  if (storage_.zero_point) {
+    for (int64_t i = 0; i < bands * groups; ++i) {
+      // 16, one above the codes, is what some packers have for groups without positive weights.
+      if (source.zeros[i] > 16)
+        throw std::invalid_argument("the zero point at row " + std::to_string(i / groups) + ", column " +
+                                    std::to_string(i % groups) + " is " + std::to_string(source.zeros[i]));
+    }
+    std::memcpy(base + (w.zeros - base), source.zeros, static_cast<size_t>(bands * groups));
+  }
+  MarkWritten(matrix, expert);
 }
 
 void ExpertLayer::Dequantize(Matrix matrix, int64_t expert, float* values) const {

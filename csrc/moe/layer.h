@@ -29,6 +29,9 @@ struct LayerShape {
   Format format = Format::kBf16;
   int64_t group = -1;       // columns that share a scale; -1: the format's own; 0: whole rows
   bool zero_point = false;  // int4 only
+  // Of int4, where a checkpoint's own scales are kept as they are; kNone: the format's own. Such a layer takes codes
+  // only.
+  ScaleType scale_type = ScaleType::kNone;
 };
 
 // Where a matrix to be stored comes from: element (r, c) is at `base` + (r * row_stride + c * column_stride) elements.
@@ -37,6 +40,14 @@ struct SourceMatrix {
   DType type;
   int64_t row_stride;
   int64_t column_stride;
+};
+
+// A matrix that is in the layer's format already.
+struct SourceCodes {
+  const uint8_t* codes;   // of row r at codes + r * row_stride
+  int64_t row_stride;     // bytes
+  const uint8_t* scales;  // in the layer's scale type, as `Storage` has them: rows of scales, one after the other
+  const uint8_t* zeros;   // likewise, a byte for every scale; null where the layer has no zero points
 };
 
 class ExpertLayer {
@@ -90,6 +101,14 @@ class ExpertLayer {
   // Reads all that lies in files, unless it is in memory.
   void ReadAhead() const;
 
+  // Stores one matrix as it is. Throws std::invalid_argument naming the place where a code is no number, a scale is not
+  // finite, negative (but for int4 and nf4) or too large for its products to be BF16, or a zero point is no code.
+  // Thread-safe as `Write` is.
+  void WriteCodes(Matrix matrix, int64_t expert, const SourceCodes& source);
+
+  // The same with codes from a file, from byte `offset` on; `layout.codes` is not looked at.
+  void ReadCodes(Matrix matrix, int64_t expert, const std::string& path, int64_t offset, const SourceCodes& layout);
+
   bool written(Matrix matrix, int64_t expert) const {
     return written_[Index(matrix, expert)].load(std::memory_order_acquire) != 0;
   }
@@ -111,6 +130,8 @@ class ExpertLayer {
   uint8_t* WritableBase(Matrix matrix, int64_t expert) const;
   // Stores rows [row, row + count); `source` holds them alone.
   void StoreRows(Matrix matrix, int64_t expert, int64_t row, int64_t count, const SourceMatrix& source);
+  // Checks the stored codes of a matrix, and stores its scales and zero points; both mark it as written.
+  void FinishCodes(Matrix matrix, int64_t expert, const SourceCodes& source);
   // Bytes that a matrix takes, the last cache line in full.
   int64_t MatrixBytes(Matrix matrix) const;
   void MarkWritten(Matrix matrix, int64_t expert) {

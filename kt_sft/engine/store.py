@@ -20,6 +20,15 @@ MappedFile = _native.FileMapping
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu2", "swiglu_oai")
 MATRICES = ("gate", "up", "down")
 
+#: Of formats with scales: their dtype, the default group of columns, and the rows of a group that is no whole row.
+_OWN_SCALES = {
+    "int8": (torch.float32, 0, 1),
+    "int4": (torch.bfloat16, 32, 1),
+    "nf4": (torch.bfloat16, 64, 1),
+    "fp8": (torch.float32, 128, 128),
+    "mxfp4": (torch.uint8, 32, 1),
+}
+
 _DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
@@ -39,14 +48,22 @@ def formats() -> list[str]:
     return list(_native.formats())
 
 
-def matrix_bytes(rows: int, columns: int, expert_format: str, group_size: int | None, zero_point: bool) -> int:
+def matrix_bytes(
+    rows: int,
+    columns: int,
+    expert_format: str,
+    group_size: int | None,
+    zero_point: bool,
+    scale_dtype: torch.dtype | None = None,
+) -> int:
     """Bytes that one [rows, columns] matrix takes in a format, scales included.
 
     Raises:
         ValueError: There is no such format, or it has no such group or no zero point.
     """
     _check_format(expert_format)
-    return _native.matrix_bytes(expert_format, _native_group(group_size), zero_point, rows, columns)
+    scale_type = _scale_type(scale_dtype)
+    return _native.matrix_bytes(expert_format, _native_group(group_size), zero_point, rows, columns, scale_type)
 
 
 class LayerStore:
@@ -66,6 +83,7 @@ class LayerStore:
         expert_format: How weights are stored; one of `formats()`.
         group_size: Columns that share a scale; None: the format's own default, 0: whole rows.
         zero_point: Asymmetric int4.
+        scale_dtype: Of int4's scales, where a checkpoint's own are kept; such a store takes codes only. None: BF16.
         shared: Whether other processes can map the weights' memory, by the store's `descriptor`.
         mapped: Whether the weights stay in files, where `map_file` says.
         descriptor: That of a store of another process, of the same sizes and format. This one reads its memory, which
@@ -91,6 +109,7 @@ class LayerStore:
         expert_format: str = "bf16",
         group_size: int | None = None,
         zero_point: bool = False,
+        scale_dtype: torch.dtype | None = None,
         shared: bool = False,
         mapped: bool = False,
         descriptor: int | None = None,
@@ -102,6 +121,9 @@ class LayerStore:
         self.activation = activation
         self.gated = gated
         self.expert_format = expert_format
+        self.group_size = group_size
+        self.zero_point = zero_point
+        self.scale_dtype = scale_dtype
         self.mapped = mapped
         self.neighbours: Neighbours | None = None
         self.native = _native.ExpertLayer(
@@ -113,6 +135,7 @@ class LayerStore:
             format=expert_format,
             group=_native_group(group_size),
             zero_point=zero_point,
+            scale_type=_scale_type(scale_dtype),
             nodes=job_nodes() if shared else engine_nodes(),
             shared=shared,
             descriptor=-1 if descriptor is None else descriptor,
@@ -223,6 +246,82 @@ class LayerStore:
         if self.neighbours is not None and routed_rows >= self.num_experts:
             self.neighbours.read(forward=forward)
 
+    def write_codes(
+        self, matrix: str, expert: int, codes: Tensor, scales: Tensor, zero_points: Tensor | None = None
+    ) -> None:
+        """Stores one expert's matrix that is in the store's format already, as it is.
+
+        Runs without the GIL and may be called from many threads at once.
+
+        Args:
+            matrix: "gate", "up" or "down".
+            expert: Its number.
+            codes: [rows, bytes of a row] uint8; two four-bit codes to a byte, the even column in the low half.
+            scales: One for every group (or block): [rows of scales, groups] in the store's type of scales; uint8
+                for mxfp4 (E8M0).
+            zero_points: uint8 in the shape of `scales`, for asymmetric int4.
+
+        Raises:
+            ValueError: A shape or dtype is wrong, a code is no number, or a scale is not finite, too large or, but for
+                int4 and nf4, negative; the message names its place.
+        """
+        rows, columns = self.shape(matrix)
+        row_bytes = columns if self.expert_format in ("int8", "fp8") else (columns + 1) // 2
+        if codes.shape != (rows, row_bytes) or codes.dtype != torch.uint8 or codes.stride(1) != 1:
+            raise ValueError(f"kt_sft: codes of {matrix} must be {(rows, row_bytes)} bytes, got {tuple(codes.shape)}")
+        scales, zero_points = self._checked_scales(matrix, scales, zero_points)
+        zeros = 0 if zero_points is None else zero_points.data_ptr()
+        self.native.write_codes(matrix, expert, codes.data_ptr(), codes.stride(0), scales.data_ptr(), zeros)
+
+    def read_codes(
+        self,
+        matrix: str,
+        expert: int,
+        *,
+        path: str | os.PathLike[str],
+        offset: int,
+        row_stride: int,
+        scales: Tensor,
+        zero_points: Tensor | None = None,
+    ) -> None:
+        """Like `write_codes`, with the codes read from a file into their place.
+
+        Args:
+            matrix: "gate", "up" or "down".
+            expert: Its number.
+            path: The file.
+            offset: Byte of the first code.
+            row_stride: Bytes from one row to the next.
+            scales: As in `write_codes`.
+            zero_points: As in `write_codes`.
+
+        Raises:
+            RuntimeError: The file cannot be read or ends early.
+            ValueError: As in `write_codes`.
+        """
+        scales, zero_points = self._checked_scales(matrix, scales, zero_points)
+        zeros = 0 if zero_points is None else zero_points.data_ptr()
+        self.native.read_codes(matrix, expert, os.fspath(path), offset, row_stride, scales.data_ptr(), zeros)
+
+    def _checked_scales(self, matrix: str, scales: Tensor, zero_points: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        own = _OWN_SCALES.get(self.expert_format)
+        if own is None or (zero_points is not None) != self.zero_point:
+            raise ValueError(f"kt_sft: these are not the scales and zero points of {self.expert_format} experts")
+        dtype, group, group_rows = own
+        group = group if self.group_size is None else self.group_size
+        rows, columns = self.shape(matrix)
+        bands = rows if group == 0 else -(-rows // group_rows)
+        shape = (bands, 1 if group == 0 else -(-columns // group))
+        for name, tensor, kind in (
+            ("scales", scales, self.scale_dtype or dtype),
+            ("zero points", zero_points, torch.uint8),
+        ):
+            if tensor is not None and (tuple(tensor.shape) != shape or tensor.dtype != kind):
+                raise ValueError(
+                    f"kt_sft: {name} of {matrix} must be {shape} of {kind}, got {tuple(tensor.shape)} of {tensor.dtype}"
+                )
+        return scales.contiguous(), None if zero_points is None else zero_points.contiguous()
+
     def missing(self) -> list[tuple[str, int]]:
         """The (matrix, expert) pairs that were not stored yet."""
         return [
@@ -287,6 +386,10 @@ class LayerStore:
     def __deepcopy__(self, memo: dict[int, object]) -> LayerStore:
         # The weights are frozen: copies of a model share them.
         return self
+
+
+def _scale_type(dtype: torch.dtype | None) -> str:
+    return "" if dtype is None else dtype_name(dtype, "scales")
 
 
 def _check_format(expert_format: str) -> None:

@@ -146,17 +146,16 @@ def _let_config_win(quantizers: Any) -> None:
         if not isinstance(quantization_config_from_args, KTConfig):
             return merge(quantization_config, quantization_config_from_args)
         config = copy.copy(quantization_config_from_args)
-        source = _method_name(quantization_config)
-        if source != QUANT_METHOD:
+        source = _as_dict(quantization_config)
+        if source.get("quant_method") != QUANT_METHOD:
             config.source_quantization = source  # type: ignore[attr-defined]
         return config
 
     quantizers.merge_quantization_configs = staticmethod(merge_quantization_configs)
 
 
-def _method_name(quantization_config: Any) -> str:
-    if isinstance(quantization_config, dict):
-        method = quantization_config.get("quant_method", "unknown")
-    else:
-        method = getattr(quantization_config, "quant_method", "unknown")
-    return str(getattr(method, "value", method))
+def _as_dict(quantization_config: Any) -> dict[str, Any]:
+    """A checkpoint's quantization config as its config.json has it."""
+    found = dict(quantization_config if isinstance(quantization_config, Mapping) else quantization_config.to_dict())
+    method = found.get("quant_method", "unknown")
+    return found | {"quant_method": str(getattr(method, "value", method))}

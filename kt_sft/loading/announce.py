@@ -37,7 +37,7 @@ def announce(config: KTConfig, plans: Sequence[ModulePlan], stores: Sequence[Lay
         "routed experts on the CPU: %d experts in %d layers, %s, %s; tier %s, %s threads",
         experts,
         len(plans),
-        config.stored_format,
+        " and ".join(sorted({store.expert_format for store in stores})),
         held,
         info["tier"],
         info["threads"],
@@ -48,7 +48,7 @@ def announce(config: KTConfig, plans: Sequence[ModulePlan], stores: Sequence[Lay
             logger.debug("%s: relative error of the stored weights %.2e", plan.name, store.relative_error)
         logger.info("relative error of the stored weights: %.2e to %.2e by layer", errors[0], errors[-1])
     converted = sorted({read.view.entry.dtype_name for plan in plans for read in plan.reads} - {"BF16"})
-    if converted and config.stored_format == "bf16":
+    if converted and any(store.expert_format == "bf16" for store in stores):
         logger.warning("the checkpoint's %s experts are stored rounded to BF16", " and ".join(converted))
 
 

@@ -61,6 +61,20 @@ class TensorEntry:
             )
         return READABLE_DTYPES[self.dtype_name]
 
+    @property
+    def itemsize(self) -> int:
+        """Bytes from one value to the next."""
+        return self.dtype.itemsize
+
+    @property
+    def turned(self) -> bool:
+        """Whether its matrices lie transposed beside what transformers says of its key."""
+        return False
+
+    def stored(self) -> tuple[TensorEntry, ...]:
+        """The tensors on disk that it is made of."""
+        return (self,)
+
     def read(self) -> torch.Tensor:
         """The whole tensor on the CPU, for the small ones (biases).
 

@@ -52,7 +52,7 @@ class MatrixView:
         """Rows start, start + step, ... (`count` of them)."""
         return dataclasses.replace(
             self,
-            offset=self.offset + start * self.row_stride * self.entry.dtype.itemsize,
+            offset=self.offset + start * self.row_stride * self.entry.itemsize,
             rows=count,
             row_stride=step * self.row_stride,
         )
@@ -81,6 +81,10 @@ class ModulePlan:
         """The checkpoint's tensors that feed this module, by key."""
         found = {read.view.entry.key: read.view.entry for read in self.reads}
         return found | {entry.key: entry for entry in (self.gate_up_bias, self.down_bias) if entry is not None}
+
+    def stored(self) -> dict[str, TensorEntry]:
+        """The tensors on disk that `entries` are made of, by key."""
+        return {part.key: part for entry in self.entries().values() for part in entry.stored()}
 
 
 @dataclass
@@ -290,8 +294,9 @@ def _fused(full_name: str, shape: tuple[int, ...], feed: _Feed, operations: list
             f"{entry.path}: tensor {entry.key} has shape {list(entry.shape)}, the model expects {list(shape)}"
         )
     E, R, C = entry.shape
-    size = entry.dtype.itemsize
-    views = [MatrixView(entry, entry.offset + e * R * C * size, R, C, C, 1) for e in range(E)]
+    views = [MatrixView(entry, entry.offset + e * R * C * entry.itemsize, R, C, C, 1) for e in range(E)]
+    if entry.turned:
+        views = [view.transpose() for view in views]
     for operation in operations:
         if {operation.dim0, operation.dim1} != {1, 2}:
             raise UnsupportedModelError(f"{full_name} is transposed along unknown dimensions: {operation}")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
-from kt_sft.config import KTConfig
 from kt_sft.engine.memory import available_bytes
 from kt_sft.engine.store import matrix_bytes
 from kt_sft.loading.errors import NotEnoughMemoryError
@@ -15,11 +15,16 @@ from kt_sft.loading.layout import ExpertLayout
 _PROC = Path("/proc")
 
 
-def experts_bytes(layout: ExpertLayout, config: KTConfig) -> int:
-    """What the engine will take for one module of experts: their [I, H] and [H, I] matrices, as they are stored."""
+def experts_bytes(layout: ExpertLayout, storage: Mapping[str, Any]) -> int:
+    """What the engine will take for one module of experts: their [I, H] and [H, I] matrices, as they are stored.
+
+    Args:
+        layout: Theirs.
+        storage: Their format, as LayerStore's arguments.
+    """
     hidden, intermediate = layout.hidden_size, layout.intermediate_size
-    first = matrix_bytes(intermediate, hidden, **config.storage)
-    down = matrix_bytes(hidden, intermediate, **config.storage)
+    first = matrix_bytes(intermediate, hidden, **storage)
+    down = matrix_bytes(hidden, intermediate, **storage)
     return layout.num_experts * ((2 if layout.gated else 1) * first + down)
 
 

@@ -31,6 +31,9 @@ from kt_sft.loading.merging import merge_saved, merged_changes
 from kt_sft.loading.processes import Loader, loader_for
 from kt_sft.loading.saving import check_target, state_with_experts
 from kt_sft.loading.sharing import publish_store, shared_store
+from kt_sft.loading.sources.dense import DenseWeight, load_dense, plan_dense, set_aside
+from kt_sft.loading.sources.entries import resolve_storage
+from kt_sft.loading.sources.methods import check_method, fold_tensors
 from kt_sft.offload.shared import overlap_shared_experts
 
 # Attributes that transformers itself keeps on a model; nn.Module's annotations know nothing of them.
@@ -52,7 +55,12 @@ class KTQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self._config = quantization_config
         self.pre_quantized = False  # the checkpoint's own dtypes apply to everything but the experts
+        #: The checkpoint's own `quantization_config`, if it is quantised.
+        self._source: dict[str, Any] | None = getattr(quantization_config, "source_quantization", None)
         self._plans: list[ModulePlan] = []
+        self._storages: dict[str, dict[str, Any]] = {}
+        self._dense: list[DenseWeight] = []
+        self._device_map: Any = None
         self._identity: tuple[tuple[str, int, int], ...] = ()
         self._loader = Loader()
         self._model_class: type | None = None
@@ -70,20 +78,20 @@ class KTQuantizer(HfQuantizer):
         """Refuses what cannot work, before anything is loaded.
 
         Raises:
-            ConfigError: A quantised checkpoint, DeepSpeed ZeRO-3 or FSDP.
+            ConfigError: A checkpoint quantised in a way that cannot be read, DeepSpeed ZeRO-3 or FSDP.
         """
-        source = getattr(self.quantization_config, "source_quantization", None)
-        if source is not None:
-            raise ConfigError(
-                f"kt_sft: the checkpoint is quantised ({source}); this version reads BF16, FP16 and FP32 checkpoints, "
-                "so take or make a BF16 copy of the model"
-            )
+        if self._source is not None:
+            check_method(self._source)
         if is_deepspeed_zero3_enabled():
             raise ConfigError(
                 "kt_sft: DeepSpeed ZeRO-3 cannot partition experts that live in the engine; use ZeRO-2 or DDP"
             )
         if is_fsdp_enabled():
             raise ConfigError("kt_sft: FSDP is not supported in this version; use DDP")
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The dense part's dtype, where transformers took that of the first tensor for it, which may be of codes."""
+        return torch.bfloat16 if isinstance(dtype, torch.dtype) and dtype.itemsize == 1 else dtype
 
     def update_device_map(self, device_map: Any) -> Any:
         """Turns an automatic placement into one device: without its experts the model fits, and needs no hooks."""
@@ -98,14 +106,24 @@ class KTQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, device_map: Any = None, **kwargs: Any
     ) -> PreTrainedModel:
         layouts = find_experts(model)
+        if not layouts and self._source is not None:
+            raise ConfigError(
+                f"kt_sft: {type(model).__name__} has no routed experts, and kt_sft reads quantised checkpoints only of "
+                "models that have some; leave kt_sft out for this one"
+            )
         if not layouts:
             return model
         if not checkpoint_files:
             raise ConfigError("kt_sft: experts are loaded from safetensors files; a state_dict cannot be given instead")
         checkpoint = Checkpoint(checkpoint_files)
+        if self._source is not None:
+            checkpoint.tensors = fold_tensors(checkpoint.tensors, self._source)
         key_mapping = getattr(self._config, "key_mapping", None)
         conversions = get_model_conversion_mapping(model, key_mapping, self)
         self._plans = plan_experts(model, layouts, checkpoint, conversions)
+        self._storages = {plan.name: resolve_storage(plan, self._config) for plan in self._plans}
+        self._dense = plan_dense(model, checkpoint.tensors, self._plans, conversions)
+        self._device_map = device_map
         self._identity = checkpoint.identity()
         self._model_class = type(model)
         self._loader = loader_for([self._key(plan) for plan in self._plans if shared_store(self._key(plan)) is None])
@@ -115,7 +133,7 @@ class KTQuantizer(HfQuantizer):
             for plan in self._plans:
                 model.set_submodule(plan.name, self._experts(plan))
                 _keep_from_initializing(model, plan.name)
-        _ignore_keys(model, layouts)
+        _ignore_keys(model, layouts, set_aside(model, self._dense))
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
@@ -124,6 +142,7 @@ class KTQuantizer(HfQuantizer):
             announce_untouched(type(model).__name__)
             return model
         with self._loader.reporting():
+            load_dense(model, self._dense, self._device_map)
             check_finite(model, self._plans)
         stores = [(plan, _store_of(model, plan.name)) for plan in self._plans]
         self._loader.fill([(plan, store) for plan, store in stores if shared_store(self._key(plan)) is not store])
@@ -193,8 +212,8 @@ class KTQuantizer(HfQuantizer):
             )
 
     def _key(self, plan: ModulePlan) -> tuple[Any, ...]:
-        config = self._config
-        return (self._identity, plan.name, plan.layout, tuple(config.storage.values()), config.store)
+        storage = tuple(self._storages[plan.name].values())
+        return (self._identity, plan.name, plan.layout, storage, self._config.store)
 
     def _experts(self, plan: ModulePlan) -> CpuExperts:
         layout = plan.layout
@@ -203,7 +222,7 @@ class KTQuantizer(HfQuantizer):
         )
 
     def _store(self, plan: ModulePlan) -> LayerStore:
-        layout, config = plan.layout, self._config
+        layout, storage = plan.layout, self._storages[plan.name]
         try:
             return shared_store(self._key(plan)) or self._loader.store(
                 num_experts=layout.num_experts,
@@ -211,10 +230,12 @@ class KTQuantizer(HfQuantizer):
                 intermediate_size=layout.intermediate_size,
                 activation=layout.activation,
                 gated=layout.gated,
-                **config.storage,
+                **storage,
             )
         except MemoryError as error:  # a limit that the check beforehand cannot see, as of the address space
-            raise not_enough(experts_bytes(layout, config), available_bytes(), f"the experts of {plan.name}") from error
+            raise not_enough(
+                experts_bytes(layout, storage), available_bytes(), f"the experts of {plan.name}"
+            ) from error
 
     def _decide_mapped(self, model: PreTrainedModel, device_map: Any) -> bool:
         """Whether the experts stay in the checkpoint's files; sees, before anything is allocated, that the rest fits.
@@ -224,7 +245,7 @@ class KTQuantizer(HfQuantizer):
             NotEnoughMemoryError: Something has no place.
         """
         plans = [plan for plan in self._plans if shared_store(self._key(plan)) is None]
-        experts, dense = sum(experts_bytes(plan.layout, self._config) for plan in plans), 0
+        experts, dense = sum(experts_bytes(plan.layout, self._storages[plan.name]) for plan in plans), 0
         devices = device_map.values() if isinstance(device_map, dict) else ("cpu",)
         if any(torch.device(device).type == "cpu" for device in devices if device != "disk"):
             taken = {id(value) for plan in self._plans for value in model.get_submodule(plan.name).parameters()}
@@ -275,9 +296,12 @@ def _has_experts(module: nn.Module) -> bool:
     return any(isinstance(child, CpuExperts) for child in module.modules())
 
 
-def _ignore_keys(model: PreTrainedModel, layouts: dict[str, ExpertLayout]) -> None:
-    """The experts' keys are unexpected now, on purpose; a checkpoint may write them with or without the base prefix."""
+def _ignore_keys(model: PreTrainedModel, layouts: dict[str, ExpertLayout], others: list[str]) -> None:
+    """The experts' keys are unexpected now, on purpose; a checkpoint may write them with or without the base prefix.
+
+    `others` are patterns of what else we load ourselves.
+    """
     prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""
     names = [re.escape(name.removeprefix(prefix)) for name in layouts]
     patterns = [rf"(^|\.){name}\." for name in names]
-    model._keys_to_ignore_on_load_unexpected = [*(model._keys_to_ignore_on_load_unexpected or []), *patterns]
+    model._keys_to_ignore_on_load_unexpected = [*(model._keys_to_ignore_on_load_unexpected or []), *patterns, *others]

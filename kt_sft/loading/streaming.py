@@ -12,6 +12,7 @@ from kt_sft.engine.cpus import usable_cpus
 from kt_sft.engine.store import LayerStore
 from kt_sft.loading.errors import CheckpointError
 from kt_sft.loading.mapping import MatrixRead, ModulePlan
+from kt_sft.loading.sources.entries import QuantisedEntry, load_matrix
 
 #: Reads in flight. Beyond about this many, disks and page cache serve no faster; each holds one bounded buffer.
 _MAX_READERS = 16
@@ -47,22 +48,32 @@ def stream(work: Sequence[tuple[ModulePlan, LayerStore]], *, shown: bool = True)
 
 
 def _nbytes(read: MatrixRead) -> int:
-    return read.view.rows * read.view.cols * read.view.entry.dtype.itemsize
+    return read.view.rows * read.view.cols * read.view.entry.itemsize
 
 
 def _read(read: MatrixRead, store: LayerStore, plan: ModulePlan, progress: Any) -> None:
     view = read.view
     try:
-        store.read_file(
-            read.matrix,
-            read.expert,
-            path=view.entry.path,
-            offset=view.offset,
-            dtype=view.entry.dtype,
-            row_stride=view.row_stride,
-            col_stride=view.col_stride,
-        )
+        if isinstance(view.entry, QuantisedEntry):
+            load_matrix(read, store, view.entry)
+        else:
+            _read_plain(read, store)
     except (ValueError, RuntimeError, OSError) as error:
+        if isinstance(error, CheckpointError):
+            raise
         what = f"{read.matrix} of expert {read.expert} of {plan.name}"
         raise CheckpointError(f"{view.entry.path}: tensor {view.entry.key} ({what}): {error}") from error
     progress.update(_nbytes(read))
+
+
+def _read_plain(read: MatrixRead, store: LayerStore) -> None:
+    view = read.view
+    store.read_file(
+        read.matrix,
+        read.expert,
+        path=view.entry.path,
+        offset=view.offset,
+        dtype=view.entry.dtype,
+        row_stride=view.row_stride,
+        col_stride=view.col_stride,
+    )

@@ -31,8 +31,8 @@ _SIZES: dict[str, Any] = {
     "initializer_range": 0.2,  # so that experts matter to the logits
 }
 _EXPERTS = {"num_experts": 8}
-_ROUTED = {"n_routed_experts": 8, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 0, "n_shared_experts": 1}
-_LATENT = {  # multi-head latent attention
+ROUTED = {"n_routed_experts": 8, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 0, "n_shared_experts": 1}
+LATENT = {  # multi-head latent attention
     "kv_lora_rank": 16,
     "q_lora_rank": 16,
     "qk_nope_head_dim": 8,
@@ -59,7 +59,7 @@ _YARN = {
 }
 
 
-def _text(class_name: str, **settings: Any) -> Callable[[], nn.Module]:
+def text(class_name: str, **settings: Any) -> Callable[[], nn.Module]:
     """A text model: `settings` beside the shared sizes."""
 
     def make() -> nn.Module:
@@ -70,12 +70,14 @@ def _text(class_name: str, **settings: Any) -> Callable[[], nn.Module]:
     return make
 
 
-def _wrapped(class_name: str, text: dict[str, Any], vision: dict[str, Any], **settings: Any) -> Callable[[], nn.Module]:
+def _wrapped(
+    class_name: str, text_settings: dict[str, Any], vision: dict[str, Any], **settings: Any
+) -> Callable[[], nn.Module]:
     """A model that wraps a text model of experts and a vision tower."""
 
     def make() -> nn.Module:
         model_class = getattr(transformers, class_name)
-        parts = copy.deepcopy({"text_config": _SIZES | text, "vision_config": vision})
+        parts = copy.deepcopy({"text_config": _SIZES | text_settings, "vision_config": vision})
         return model_class(model_class.config_class(**parts, **settings))
 
     return make
@@ -113,11 +115,11 @@ _SECTIONS = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1,
 
 #: Folder of the family in transformers.models -> makers of its models.
 FAMILIES: dict[str, list[Callable[[], nn.Module]]] = {
-    "afmoe": [_text("AfmoeForCausalLM", **_EXPERTS, num_dense_layers=0)],
-    "deepseek_v2": [_text("DeepseekV2ForCausalLM", **_LATENT, **_ROUTED, topk_method="greedy")],
-    "deepseek_v3": [_text("DeepseekV3ForCausalLM", **_LATENT, **_ROUTED)],
-    "dots1": [_text("Dots1ForCausalLM", **_ROUTED)],
-    "ernie4_5_moe": [_text("Ernie4_5_MoeForCausalLM", moe_num_experts=8, moe_k=2, moe_layer_start_index=0)],
+    "afmoe": [text("AfmoeForCausalLM", **_EXPERTS, num_dense_layers=0)],
+    "deepseek_v2": [text("DeepseekV2ForCausalLM", **LATENT, **ROUTED, topk_method="greedy")],
+    "deepseek_v3": [text("DeepseekV3ForCausalLM", **LATENT, **ROUTED)],
+    "dots1": [text("Dots1ForCausalLM", **ROUTED)],
+    "ernie4_5_moe": [text("Ernie4_5_MoeForCausalLM", moe_num_experts=8, moe_k=2, moe_layer_start_index=0)],
     "ernie4_5_vl_moe": [
         _wrapped(
             "Ernie4_5_VLMoeForConditionalGeneration",
@@ -126,10 +128,10 @@ FAMILIES: dict[str, list[Callable[[], nn.Module]]] = {
             {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2},
         )
     ],
-    "exaone_moe": [_text("ExaoneMoeForCausalLM", **_EXPERTS)],
-    "flex_olmo": [_text("FlexOlmoForCausalLM", **_EXPERTS)],
+    "exaone_moe": [text("ExaoneMoeForCausalLM", **_EXPERTS)],
+    "flex_olmo": [text("FlexOlmoForCausalLM", **_EXPERTS)],
     "gemma4": [
-        _text(
+        text(
             "Gemma4ForCausalLM",
             **_EXPERTS,
             enable_moe_block=True,
@@ -142,43 +144,43 @@ FAMILIES: dict[str, list[Callable[[], nn.Module]]] = {
             layer_types=["sliding_attention", "full_attention"],
         )
     ],
-    "glm4_moe": [_text("Glm4MoeForCausalLM", **_ROUTED)],
-    "glm4_moe_lite": [_text("Glm4MoeLiteForCausalLM", **_LATENT, **_ROUTED)],
+    "glm4_moe": [text("Glm4MoeForCausalLM", **ROUTED)],
+    "glm4_moe_lite": [text("Glm4MoeLiteForCausalLM", **LATENT, **ROUTED)],
     "glm4v_moe": [
         _wrapped(
             "Glm4vMoeForConditionalGeneration",
-            _ROUTED | {"rope_parameters": _SECTIONS | {"partial_rotary_factor": 1.0}},
+            ROUTED | {"rope_parameters": _SECTIONS | {"partial_rotary_factor": 1.0}},
             _VISION | {"image_size": 28, "patch_size": 14},
         )
     ],
     "glm_moe_dsa": [
-        _text(
+        text(
             "GlmMoeDsaForCausalLM",
-            **_LATENT,
-            **_ROUTED,
+            **LATENT,
+            **ROUTED,
             mlp_layer_types=["sparse", "sparse"],
             index_n_heads=2,
             index_head_dim=16,
             index_topk=8,
         )
     ],
-    "gpt_oss": [_text("GptOssForCausalLM", num_local_experts=8, rope_parameters=_YARN)],
-    "hunyuan_v1_moe": [_text("HunYuanMoEV1ForCausalLM", **_EXPERTS, moe_topk=2)],
-    "hy_v3": [_text("HYV3ForCausalLM", **_EXPERTS)],
-    "jamba": [_text("JambaForCausalLM", **_EXPERTS, **_MAMBA)],
-    "lfm2_moe": [_text("Lfm2MoeForCausalLM", **_EXPERTS, num_dense_layers=0, layer_types=["conv", "full_attention"])],
-    "minimax": [_text("MiniMaxForCausalLM", num_local_experts=8, block_size=8)],
-    "minimax_m2": [_text("MiniMaxM2ForCausalLM", num_local_experts=8)],
+    "gpt_oss": [text("GptOssForCausalLM", num_local_experts=8, rope_parameters=_YARN)],
+    "hunyuan_v1_moe": [text("HunYuanMoEV1ForCausalLM", **_EXPERTS, moe_topk=2)],
+    "hy_v3": [text("HYV3ForCausalLM", **_EXPERTS)],
+    "jamba": [text("JambaForCausalLM", **_EXPERTS, **_MAMBA)],
+    "lfm2_moe": [text("Lfm2MoeForCausalLM", **_EXPERTS, num_dense_layers=0, layer_types=["conv", "full_attention"])],
+    "minimax": [text("MiniMaxForCausalLM", num_local_experts=8, block_size=8)],
+    "minimax_m2": [text("MiniMaxM2ForCausalLM", num_local_experts=8)],
     "mistral4": [
-        _text(
+        text(
             "Mistral4ForCausalLM",
-            **(_LATENT | _ROUTED | {"head_dim": 16}),
+            **(LATENT | ROUTED | {"head_dim": 16}),
             rope_parameters=_YARN | {"llama_4_scaling_beta": 0.1},
         )
     ],
-    "mixtral": [_text("MixtralForCausalLM", num_local_experts=8)],
+    "mixtral": [text("MixtralForCausalLM", num_local_experts=8)],
     "nemotron_h": [
-        _text(
+        text(
             "NemotronHForCausalLM",
             n_routed_experts=8,
             layers_block_type=["mamba", "moe", "attention", "moe"],
@@ -192,15 +194,15 @@ FAMILIES: dict[str, list[Callable[[], nn.Module]]] = {
             topk_group=1,
         )
     ],
-    "olmoe": [_text("OlmoeForCausalLM", **_EXPERTS)],
+    "olmoe": [text("OlmoeForCausalLM", **_EXPERTS)],
     "openai_privacy_filter": [
-        _text("OpenAIPrivacyFilterForTokenClassification", num_local_experts=8, rope_parameters=_YARN)
+        text("OpenAIPrivacyFilterForTokenClassification", num_local_experts=8, rope_parameters=_YARN)
     ],
-    "phimoe": [_text("PhimoeForCausalLM", num_local_experts=8)],
-    "qwen2_moe": [_text("Qwen2MoeForCausalLM", **_EXPERTS, **_SHARED)],
-    "qwen3_5_moe": [_text("Qwen3_5MoeForCausalLM", **_EXPERTS, **_SHARED, **_LINEAR)],
-    "qwen3_moe": [_text("Qwen3MoeForCausalLM", **_EXPERTS)],
-    "qwen3_next": [_text("Qwen3NextForCausalLM", **_EXPERTS, **_SHARED, **_LINEAR)],
+    "phimoe": [text("PhimoeForCausalLM", num_local_experts=8)],
+    "qwen2_moe": [text("Qwen2MoeForCausalLM", **_EXPERTS, **_SHARED)],
+    "qwen3_5_moe": [text("Qwen3_5MoeForCausalLM", **_EXPERTS, **_SHARED, **_LINEAR)],
+    "qwen3_moe": [text("Qwen3MoeForCausalLM", **_EXPERTS)],
+    "qwen3_next": [text("Qwen3NextForCausalLM", **_EXPERTS, **_SHARED, **_LINEAR)],
     "qwen3_omni_moe": [_omni_thinker, _omni_talker],
     "qwen3_vl_moe": [
         _wrapped(
@@ -209,7 +211,7 @@ FAMILIES: dict[str, list[Callable[[], nn.Module]]] = {
             _VISION | {"num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
         )
     ],
-    "solar_open": [_text("SolarOpenForCausalLM", **_ROUTED)],
+    "solar_open": [text("SolarOpenForCausalLM", **ROUTED)],
 }
 
 

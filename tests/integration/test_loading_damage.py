@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import threading
 from collections.abc import Callable
@@ -183,22 +182,6 @@ class TestDamage:
         taken = sum(store.nbytes for store in stores(model))
         # Each its own copy: without MASTER_PORT the processes cannot find each other.
         assert asked == [(taken + dense, "the experts of 2 layers", 3, 0)]
-
-    @pytest.mark.parametrize(
-        "quantization",
-        [
-            {"quant_method": "fp8", "weight_block_size": [128, 128]},
-            {"quant_method": "mxfp4"},
-            {"quant_method": "gptq", "bits": 4, "group_size": 128},
-            {"quant_method": "awq", "bits": 4},
-        ],
-        ids=lambda quantization: quantization["quant_method"],
-    )
-    def test_quantised_checkpoints_are_named(self, quantization: dict[str, Any], checkpoint: Path) -> None:
-        config = json.loads((checkpoint / "config.json").read_text())
-        (checkpoint / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
-        with pytest.raises(ConfigError, match=rf"the checkpoint is quantised \({quantization['quant_method']}\)"):
-            load(checkpoint)
 
     def test_unsupported_model(self, tmp_path: Path) -> None:
         config = transformers.GraniteMoeConfig(

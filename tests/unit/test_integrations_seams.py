@@ -244,7 +244,7 @@ class TestTransformers:
         assert parameters(merge) == ["quantization_config", "quantization_config_from_args"]
         merged = merge({"quant_method": "fp8"}, KTConfig(num_threads=3))
         assert isinstance(merged, KTConfig)
-        assert (merged.num_threads, merged.source_quantization) == (3, "fp8")
+        assert (merged.num_threads, merged.source_quantization) == (3, {"quant_method": "fp8"})
         assert not hasattr(merge({"quant_method": "kt_sft"}, KTConfig()), "source_quantization")
 
     def test_other_quantised_checkpoints_merge_as_always(self) -> None:

@@ -169,3 +169,39 @@ def test_every_format_keeps_what_it_can_represent_and_says_how_far_off_it_is(exp
     # Sums of squares of FP32 differences; the engine's may be of float32 terms.
     assert other.relative_error == pytest.approx((squared_error / squared_values) ** 0.5, rel=1e-5)
     assert other.relative_error > 0
+
+
+def test_codes_come_out_as_they_went_in(tmp_path):
+    codes = torch.randint(0, 127, (H, I), dtype=torch.uint8)
+    scales = torch.rand(H, 1)
+    expected = codes.view(torch.float8_e4m3fn).float() * scales
+    path = tmp_path / "codes"
+    path.write_bytes(b"head" + codes.repeat_interleave(2, dim=0).numpy().tobytes())
+    store = make_store(expert_format="fp8", group_size=0)
+
+    store.write_codes("down", 0, codes, scales)
+    store.read_codes("down", 2, path=path, offset=4, row_stride=2 * I, scales=scales)
+
+    for expert in (0, 2):
+        assert torch.equal(store.dequantized()[1][expert], expected)
+    assert ("down", 0) not in store.missing()
+    assert store.relative_error == 0
+
+
+def test_codes_of_another_shape_or_kind_are_refused():
+    store = make_store(expert_format="int4", zero_point=True)
+    codes, scales, zeros = torch.zeros(H, 3, dtype=torch.uint8), torch.ones(H, 1).bfloat16(), torch.zeros(H, 1).byte()
+    store.write_codes("down", 0, codes, scales, zeros)
+    for wrong in (codes[:, :2], codes.to(torch.int8), codes.T.contiguous().T):
+        with pytest.raises(ValueError, match=r"codes of down must be \(10, 3\) bytes"):
+            store.write_codes("down", 1, wrong, scales, zeros)
+    for wrong in (scales.float(), scales[:9], scales.repeat(1, 2)):
+        with pytest.raises(ValueError, match=r"scales of down must be \(10, 1\) of torch.bfloat16"):
+            store.write_codes("down", 1, codes, wrong, zeros)
+    with pytest.raises(ValueError, match="zero points of down must be"):
+        store.write_codes("down", 1, codes, scales, zeros.int())
+    with pytest.raises(ValueError, match="not the scales and zero points of int4"):
+        store.write_codes("down", 1, codes, scales)
+    with pytest.raises(ValueError, match="not the scales and zero points of bf16"):
+        make_store().write_codes("down", 1, codes, scales)
+    assert ("down", 1) in store.missing()

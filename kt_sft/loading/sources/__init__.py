@@ -1,0 +1,1 @@
+"""Checkpoints that are quantised already: one file for each family of formats."""

@@ -1,0 +1,254 @@
+"""A quantised weight of a checkpoint: several tensors on disk that are one matrix of values.
+
+Everything that finds out which tensor feeds which parameter sees one entry under the weight's own key and shape. Places
+in it are counted in weights, from 0, where a plain tensor's are bytes of its file.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kt_sft.config import KTConfig
+from kt_sft.engine.store import LayerStore
+from kt_sft.loading.checkpoint import TensorEntry
+from kt_sft.loading.errors import CheckpointError, UnsupportedModelError
+from kt_sft.loading.mapping import MatrixRead, MatrixView, ModulePlan
+
+#: The dtypes of codes and scales, beside those of weights.
+STORED_DTYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.float8_e8m0fnu,
+}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """`count` rows of one matrix of an entry, `step` apart; an entry of one matrix has number 0 only."""
+
+    matrix: int
+    start: int
+    step: int
+    count: int
+
+    def slice(self) -> slice:
+        """Of a tensor's rows."""
+        return slice(self.start, self.start + (self.count - 1) * self.step + 1, self.step)
+
+
+@dataclass(frozen=True)
+class QuantisedEntry(TensorEntry, abc.ABC):
+    """A weight of [rows, columns] or [experts, rows, columns], and the tensors that it is stored in.
+
+    `path` is that of its codes. `parts` says what each stored tensor is.
+    """
+
+    parts: Mapping[str, TensorEntry]
+
+    @property
+    def itemsize(self) -> int:
+        """Places are counted in weights."""
+        return 1
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What its values are computed in."""
+        return torch.float32
+
+    def stored(self) -> tuple[TensorEntry, ...]:
+        """The tensors on disk."""
+        return tuple(self.parts.values())
+
+    @property
+    @abc.abstractmethod
+    def storage(self) -> dict[str, Any] | None:
+        """The store that takes its codes and scales as they are, as LayerStore's arguments; None if there is none."""
+
+    @property
+    @abc.abstractmethod
+    def description(self) -> str:
+        """Its format in words."""
+
+    @abc.abstractmethod
+    def put(self, store: LayerStore, read: MatrixRead, rows: Rows) -> None:
+        """Hands codes and scales to a store of `storage` as they are."""
+
+    @abc.abstractmethod
+    def dequantised(self, rows: Rows) -> Tensor:
+        """Code x scale of some rows, FP32 [rows, columns]."""
+
+    def rewritten(self, rows: Rows, values: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Quantises values again, the way the entry is: rows of each stored tensor that changes, and what they say.
+
+        Args:
+            rows: Where they go.
+            values: FP32 [rows, columns].
+
+        Returns:
+            By the name in `parts` the new rows in that tensor's dtype, and what code x scale of them is, FP32.
+
+        Raises:
+            CheckpointError: There is no way back into this format.
+        """
+        raise CheckpointError(
+            f"{self.path}: tensor {self.key} is {self.description}, into which changed weights cannot be written back; "
+            "keep the adapter beside the model, or export from a BF16 or FP8 copy of it"
+        )
+
+    def replace_parts(self, parts: Mapping[str, TensorEntry]) -> QuantisedEntry:
+        """The same weight, stored elsewhere."""
+        return dataclasses.replace(self, parts=parts, path=next(iter(parts.values())).path)
+
+    def rows_of(self, view: MatrixView) -> Rows:
+        """Which rows a view of this entry takes.
+
+        Raises:
+            UnsupportedModelError: It does not take whole rows, one matrix's alone.
+        """
+        height, width = self.shape[-2:]
+        matrix, place = divmod(view.offset, height * width)
+        start, column = divmod(place, width)
+        step, over = divmod(view.row_stride, width)
+        if view.cols != width or view.col_stride != 1 or column or over or start + (view.rows - 1) * step >= height:
+            raise UnsupportedModelError(
+                f"{self.path}: tensor {self.key} ({self.description}) would have to be cut across its scales"
+            )
+        return Rows(matrix, start, step, view.rows)
+
+
+def whole(entry: QuantisedEntry) -> Rows:
+    """All rows of an entry that is one matrix."""
+    return Rows(0, 0, 1, entry.shape[-2])
+
+
+def resolve_storage(plan: ModulePlan, config: KTConfig) -> dict[str, Any]:
+    """How one module's experts are stored, as LayerStore's arguments.
+
+    `expert_format: auto`, or the very format of the checkpoint, keeps its codes and scales; any other quantises again.
+
+    Raises:
+        CheckpointError: The module's matrices are in several formats, or in one that no store has.
+    """
+    entries = {entry.key: entry for read in plan.reads if isinstance(entry := read.view.entry, QuantisedEntry)}
+    if not entries:
+        return config.storage
+    kept = [entry.storage for entry in entries.values()]
+    first = next(iter(entries.values()))
+    alike = all(storage == kept[0] for storage in kept) and len(entries) == len({r.view.entry.key for r in plan.reads})
+    if kept[0] is not None and alike and _asks_for(config, kept[0]):
+        return kept[0]
+    if config.expert_format == "auto":
+        what = f"hold {first.description}" if alike else "differ in their format"
+        raise CheckpointError(
+            f"{first.path}: the experts of {plan.name} {what}, which the engine cannot take as they are; set "
+            "expert_format (int8, for one), and they are quantised again"
+        )
+    return config.storage
+
+
+def _asks_for(config: KTConfig, storage: Mapping[str, Any]) -> bool:
+    if config.expert_format == "auto":
+        return True
+    if config.expert_format != storage["expert_format"] or (config.zero_point and not storage["zero_point"]):
+        return False
+    return config.group_size in (None, storage["group_size"])
+
+
+def load_matrix(read: MatrixRead, store: LayerStore, entry: QuantisedEntry) -> None:
+    """Fills one matrix of a store: with the codes as they are where the store takes them, else quantised again."""
+    rows = entry.rows_of(read.view)
+    if entry.storage == storage_of(store):
+        entry.put(store, read, rows)
+    else:
+        values = entry.dequantised(rows)
+        store.write(read.matrix, read.expert, values)
+
+
+def storage_of(store: LayerStore) -> dict[str, Any]:
+    """A store's format, as LayerStore's arguments."""
+    return {
+        "expert_format": store.expert_format,
+        "group_size": store.group_size,
+        "zero_point": store.zero_point,
+        "scale_dtype": store.scale_dtype,
+    }
+
+
+def read_span(entry: TensorEntry, start: int, count: int) -> Tensor:
+    """`count` values of a stored tensor from value `start` on, on the CPU.
+
+    Raises:
+        CheckpointError: The file cannot be read or ends early.
+    """
+    dtype = STORED_DTYPES[entry.dtype_name]
+    data = bytearray(count * dtype.itemsize)
+    if not data:
+        return torch.empty(0, dtype=dtype, device="cpu")
+    place, filled = entry.offset + start * dtype.itemsize, memoryview(data)
+    try:
+        descriptor = os.open(entry.path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            while filled:
+                got = os.preadv(descriptor, [filled], place)
+                if got == 0:
+                    raise CheckpointError(f"{entry.path}: tensor {entry.key} is cut off")
+                place, filled = place + got, filled[got:]
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise CheckpointError(f"{entry.path}: tensor {entry.key} cannot be read ({error.strerror})") from error
+    return torch.frombuffer(data, dtype=dtype)
+
+
+def read_matrix(entry: TensorEntry, matrix: int = 0) -> Tensor:
+    """A stored tensor of [rows, columns], or the matrix with that number of one of [matrices, rows, ...]."""
+    shape = entry.shape if len(entry.shape) <= 2 else entry.shape[1:]
+    count = math.prod(shape)
+    return read_span(entry, matrix * count, count).reshape(shape)
+
+
+def require(entry: TensorEntry, shape: tuple[int, ...], dtypes: tuple[str, ...], what: str) -> None:
+    """Checks what a stored tensor is.
+
+    Raises:
+        CheckpointError: Another shape or dtype; names file and tensor.
+    """
+    if entry.dtype_name not in dtypes:
+        raise CheckpointError(
+            f"{entry.path}: tensor {entry.key} holds {entry.dtype_name} values, but {what} are {' or '.join(dtypes)}"
+        )
+    if entry.shape != shape:
+        raise CheckpointError(
+            f"{entry.path}: tensor {entry.key} has shape {list(entry.shape)}, but {what} have {list(shape)}"
+        )
+
+
+def companion(
+    tensors: Mapping[str, TensorEntry], key: str, names: tuple[str, ...], what: str, of: TensorEntry
+) -> TensorEntry:
+    """The tensor that belongs to another one, under one of `names`.
+
+    Raises:
+        CheckpointError: It is not there.
+    """
+    for name in names:
+        if name in tensors:
+            return tensors[name]
+    raise CheckpointError(
+        f"{of.path}: tensor {of.key} has no {what}: the checkpoint lacks {names[0]}, so {key} is lost"
+    )

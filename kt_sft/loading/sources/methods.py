@@ -1,0 +1,93 @@
+"""What a checkpoint's `quantization_config` says of its tensors.
+
+A method here is told by the config alone and checked against the tensors: what they are decides, and a config that says
+otherwise is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from kt_sft.config import ConfigError
+from kt_sft.loading.checkpoint import TensorEntry
+from kt_sft.loading.sources import fp8
+
+_WAY_OUT = "take or make a BF16 copy of the model"
+
+
+def check_method(quantization: Mapping[str, Any]) -> None:
+    """Refuses what cannot be read, before any file is.
+
+    Raises:
+        ConfigError: Names the method, or the variant of it, and the way out.
+    """
+    _method(quantization)
+
+
+def fold_tensors(tensors: dict[str, TensorEntry], quantization: Mapping[str, Any]) -> dict[str, TensorEntry]:
+    """Puts the stored tensors of each quantised weight together to one entry under the weight's own key.
+
+    Args:
+        tensors: Of the whole checkpoint, by key.
+        quantization: Its `quantization_config`.
+
+    Raises:
+        ConfigError: The method, or the variant of it, cannot be read.
+        CheckpointError: Tensors do not fit each other or the config.
+    """
+    return _method(quantization)(tensors)
+
+
+def _method(quantization: Mapping[str, Any]) -> Any:
+    name = str(getattr(quantization.get("quant_method"), "value", quantization.get("quant_method")))
+    if name not in _METHODS:
+        raise ConfigError(
+            f"kt_sft: the checkpoint is quantised ({name}), which kt_sft does not read; it reads {', '.join(_METHODS)} "
+            f"and unquantised ones, so {_WAY_OUT}"
+        )
+    return _METHODS[name](quantization)
+
+
+def _refuse(method: str, what: str) -> ConfigError:
+    return ConfigError(
+        f"kt_sft: the checkpoint is quantised ({method}) with {what}, which kt_sft does not read; {_WAY_OUT}"
+    )
+
+
+def _fp8(quantization: Mapping[str, Any]) -> Any:
+    fmt = str(quantization.get("fmt") or "e4m3")
+    if fmt not in ("e4m3", "float8_e4m3fn"):
+        raise _refuse("fp8", f"fmt {fmt!r}")
+    block = _block(quantization.get("weight_block_size"), "fp8")
+    powers = quantization.get("scale_fmt") == "ue8m0"
+    return lambda tensors: fp8.fold(tensors, block, powers)
+
+
+def _block(value: Any, method: str) -> tuple[int, int] | None:
+    if value is None:
+        return None
+    sizes = list(value) if isinstance(value, list | tuple) else []
+    if len(sizes) != 2 or not all(isinstance(size, int) and size > 0 for size in sizes):
+        raise _refuse(method, f"blocks of {value!r}")
+    return (sizes[0], sizes[1])
+
+
+def _compressed_tensors(quantization: Mapping[str, Any]) -> Any:
+    """Groups of layers, each with what its weights are: https://github.com/vllm-project/compressed-tensors."""
+    groups = quantization.get("config_groups") or {}
+    found = {repr(weights): weights for group in groups.values() if (weights := dict(group.get("weights") or {}))}
+    if len(found) != 1:
+        raise _refuse("compressed-tensors", f"{len(found)} kinds of weights")
+    (weights,) = found.values()
+    sparse = dict(quantization.get("sparsity_config") or {}).get("format", "dense")
+    if sparse != "dense":
+        raise _refuse("compressed-tensors", f"the sparse format {sparse!r}")
+    kind = (weights.get("type", "int"), weights.get("num_bits"))
+    if kind == ("float", 8):
+        block = _block(weights.get("block_structure"), "compressed-tensors")
+        return lambda tensors: fp8.fold(tensors, block)
+    raise _refuse("compressed-tensors", f"weights of {kind[1]} bits of the type {kind[0]!r}")
+
+
+_METHODS = {"fp8": _fp8, "compressed-tensors": _compressed_tensors}

@@ -1,0 +1,108 @@
+"""Tiny checkpoints in the conventions of published quantised ones, and what their weights are by definition.
+
+Every writer takes a folder with a checkpoint of `save_pretrained` and writes the quantised one over it: keys, dtypes,
+shapes and the `quantization_config` are those of the model named beside it. It returns the values, code x scale in
+float64, of each quantised weight by its key.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+Values = dict[str, Tensor]
+
+#: What stays as it is: embeddings, routers, norms, biases.
+_PLAIN = re.compile(r"(embed_tokens|lm_head|norm|\.gate|e_score_correction_bias|router|sinks)\.?(weight|bias)?$|bias$")
+
+
+def is_dense_linear(key: str, value: Tensor) -> bool:
+    return value.dim() == 2 and _PLAIN.search(key) is None
+
+
+def is_expert(key: str, value: Tensor) -> bool:
+    return is_dense_linear(key, value) and ".experts." in key
+
+
+def spread(scales: Tensor, block: tuple[int, int], shape: tuple[int, ...]) -> Tensor:
+    """A scale for each weight."""
+    rows = scales.repeat_interleave(block[0], dim=0)[: shape[0]]
+    return rows.repeat_interleave(block[1], dim=1)[:, : shape[1]]
+
+
+def to_fp8(weight: Tensor, block: tuple[int, int], dtype: torch.dtype, powers: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, scales and values of a matrix whose blocks' largest magnitudes go to the largest code."""
+    rows, columns = weight.shape
+    largest = torch.stack(
+        [
+            torch.stack([part.abs().amax() for part in band.split(block[1], dim=1)])
+            for band in weight.double().split(block[0], dim=0)
+        ]
+    )
+    scales = largest / 448
+    if powers:
+        scales = torch.exp2(torch.ceil(torch.log2(scales)))
+    scales = scales.to(dtype)
+    exact = spread(scales.double(), block, (rows, columns))
+    codes = (weight.double() / exact).clamp(-448, 448).to(torch.float8_e4m3fn)
+    return codes, scales, codes.double() * exact
+
+
+def _write(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any], files: int = 1) -> None:
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {"quantization_config": config}))
+    save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
+
+
+def write_fp8(
+    folder: Path,
+    *,
+    block: tuple[int, int] = (128, 128),
+    scales: torch.dtype = torch.float32,
+    powers: bool = False,
+    select: Callable[[str, Tensor], bool] = is_dense_linear,
+    **config: Any,
+) -> Values:
+    """DeepSeek-V3 (scales in FP32), DeepSeek-V3.1 (`powers`), Qwen3-FP8 (scales in BF16), MiniMax-M2."""
+    tensors, values = load_file(folder / "model.safetensors"), {}
+    for key in [key for key, value in tensors.items() if select(key, value)]:
+        tensors[key], tensors[f"{key}_scale_inv"], values[key] = to_fp8(tensors[key], block, scales, powers)
+    quantization = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8"}
+    quantization |= {"weight_block_size": list(block)} | ({"scale_fmt": "ue8m0"} if powers else {}) | config
+    _write(folder, tensors, quantization)
+    return values
+
+
+def write_compressed_fp8(folder: Path, *, strategy: str = "channel", scales: torch.dtype = torch.bfloat16) -> Values:
+    """GLM-4.5-FP8, and others of llm-compressor: a scale for each row ("channel") or one for all ("tensor")."""
+    tensors, values = load_file(folder / "model.safetensors"), {}
+    for key in [key for key, value in tensors.items() if is_dense_linear(key, value)]:
+        rows, columns = tensors[key].shape
+        block = (1, columns) if strategy == "channel" else (rows, columns)
+        tensors[key], scale, values[key] = to_fp8(tensors[key], block, scales, powers=False)
+        tensors[f"{key}_scale"] = scale if strategy == "channel" else scale.reshape(1)
+        if strategy == "tensor":
+            tensors[key.replace(".weight", ".input_scale")] = torch.ones(1, dtype=scales)
+    weights = {"num_bits": 8, "type": "float", "strategy": strategy, "symmetric": True, "dynamic": False}
+    weights |= {"group_size": None, "block_structure": None, "actorder": None, "observer": "minmax"}
+    group = {"targets": ["Linear"], "weights": weights, "output_activations": None, "input_activations": None}
+    _write(
+        folder,
+        tensors,
+        {
+            "quant_method": "compressed-tensors",
+            "format": "float-quantized",
+            "config_groups": {"group_0": group},
+            "ignore": ["lm_head"],
+            "kv_cache_scheme": None,
+            "quantization_status": "compressed",
+        },
+    )
+    return values
