@@ -77,12 +77,12 @@ def _guard_saving(model_class: Any) -> None:
         check(save_directory, state_dict=None if only_adapters else given)
         if only_adapters or os.path.isfile(save_directory):  # of a file the host says what it thinks
             return save(self, save_directory, *args, **kwargs)
-        merges = quantizer.merges(self)
+        finishes = quantizer.finishes(self)
         if args[2] if len(args) > 2 else kwargs.get("push_to_hub"):  # the host uploads before we could finish
-            if merges:
+            if finishes:
                 raise ValueError(
-                    "kt_sft: save_pretrained(push_to_hub=True) would upload the experts without the merged adapter; "
-                    "save the model first, then call push_to_hub"
+                    "kt_sft: save_pretrained(push_to_hub=True) would upload the model before merged adapters and the "
+                    "quantization_config are in it; save the model first, then call push_to_hub"
                 )
             return save(self, save_directory, *args, **kwargs)
 

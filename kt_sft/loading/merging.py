@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,9 @@ from kt_sft.experts import CpuExperts
 from kt_sft.loading.checkpoint import TensorEntry, read_header
 from kt_sft.loading.errors import CheckpointError
 from kt_sft.loading.mapping import MatrixRead, ModulePlan
-from kt_sft.loading.saving import keys_for_saving
+from kt_sft.loading.saving import announce_requantised, keys_for_saving
+from kt_sft.loading.sources.entries import QuantisedEntry, RequantisationError, write_rows
+from kt_sft.loading.sources.methods import fold_tensors
 
 
 def merged_changes(model: nn.Module, plans: Sequence[ModulePlan]) -> dict[str, LowRank]:
@@ -43,34 +46,42 @@ def merged_changes(model: nn.Module, plans: Sequence[ModulePlan]) -> dict[str, L
     return changes
 
 
-def merge_saved(folder: Path, model: nn.Module, plans: Sequence[ModulePlan]) -> None:
+def merge_saved(
+    folder: Path, model: nn.Module, plans: Sequence[ModulePlan], quantization: Mapping[str, Any] | None = None
+) -> None:
     """Adds merged adapters to the experts in `folder`: computed in FP32, rounded once to the tensor's dtype.
 
-    A matrix that does not change keeps its bytes.
+    A matrix that does not change keeps its bytes. Of a quantised checkpoint, one that does is quantised again, the way
+    it was, and the log says with what error.
 
     Args:
         folder: Where `model` has just been saved.
         model: With `CpuExperts.merged` set where adapters were merged.
         plans: From loading.
+        quantization: The source's `quantization_config`, if it has one.
 
     Raises:
-        CheckpointError: A changed weight is not finite in its dtype, or a file cannot be read or written.
+        CheckpointError: A changed weight is not finite in its dtype, or cannot be quantised as it was, or a file cannot
+            be read or written.
     """
     changes = merged_changes(model, plans)
     if not changes:
         return
     written = {key: entry for file in sorted(folder.glob("*.safetensors")) for key, entry in read_header(file).items()}
+    if quantization is not None:
+        written = fold_tensors(written, quantization)
     plans = [plan for plan in plans if plan.name in changes]
     keys = [key for plan in plans for key in plan.entries()]
     names = keys_for_saving(keys, getattr(model, "_weight_conversions", None) or [])
     targets = {key: _target(key, names[key], written) for key in keys}
-    hidden = local_rank_and_size()[0] != 0
+    hidden, error = local_rank_and_size()[0] != 0, RequantisationError()
     for plan in logging.tqdm(plans, desc="Merging experts", disable=hidden):
         reads: dict[int, list[MatrixRead]] = {}
         for read in plan.reads:
             reads.setdefault(read.expert, []).append(read)
         for expert, matrices in reads.items():
-            _merge_expert(plan, matrices, _parts(plan, changes[plan.name], expert), targets)
+            _merge_expert(plan, matrices, _parts(plan, changes[plan.name], expert), targets, error)
+    announce_requantised(error, "matrices of experts")
 
 
 def _target(key: str, name: str, written: Mapping[str, TensorEntry]) -> TensorEntry:
@@ -96,7 +107,11 @@ def _parts(plan: ModulePlan, change: LowRank, expert: int) -> dict[str, Tensor]:
 
 
 def _merge_expert(
-    plan: ModulePlan, reads: Iterable[MatrixRead], changes: Mapping[str, Tensor], targets: Mapping[str, TensorEntry]
+    plan: ModulePlan,
+    reads: Iterable[MatrixRead],
+    changes: Mapping[str, Tensor],
+    targets: Mapping[str, TensorEntry],
+    error: RequantisationError,
 ) -> None:
     by_tensor: dict[str, list[MatrixRead]] = {}
     for read in reads:
@@ -106,10 +121,30 @@ def _merge_expert(
         source, target = inside[0].view.entry, targets[key]
         if (target.dtype_name, target.shape) != (source.dtype_name, source.shape):
             raise CheckpointError(f"{target.path}: tensor {target.key} is not as in {source.path}")
+        if isinstance(target, QuantisedEntry):
+            for read in inside:
+                _merge_quantised(plan, read, changes[read.matrix], target, error)
+            continue
         try:
             _merge_span(plan, inside, changes, target)
-        except OSError as error:
-            raise CheckpointError(f"{target.path}: tensor {target.key} cannot be merged into ({error})") from error
+        except OSError as failure:
+            raise CheckpointError(f"{target.path}: tensor {target.key} cannot be merged into ({failure})") from failure
+
+
+def _merge_quantised(
+    plan: ModulePlan, read: MatrixRead, change: Tensor, target: QuantisedEntry, error: RequantisationError
+) -> None:
+    rows = target.rows_of(read.view)
+    merged = target.dequantised(rows) + change
+    if not bool(merged.isfinite().all()):
+        raise CheckpointError(
+            f"tensor {target.key} ({read.matrix} of expert {read.expert} of {plan.name}): with the adapter merged a "
+            "weight is not finite"
+        )
+    parts, stored = target.rewritten(rows, merged)
+    for name, part in parts.items():
+        write_rows(target.parts[name], part)
+    error.add(merged, stored)
 
 
 def _merge_span(

@@ -29,7 +29,7 @@ from kt_sft.loading.mapping import ModulePlan, block_of, feeds_experts, plan_exp
 from kt_sft.loading.memory import experts_bytes, not_enough, require_bytes
 from kt_sft.loading.merging import merge_saved, merged_changes
 from kt_sft.loading.processes import Loader, loader_for
-from kt_sft.loading.saving import check_target, state_with_experts
+from kt_sft.loading.saving import check_target, keep_quantization, state_with_experts
 from kt_sft.loading.sharing import publish_store, shared_store
 from kt_sft.loading.sources.dense import DenseWeight, load_dense, plan_dense, set_aside
 from kt_sft.loading.sources.entries import resolve_storage
@@ -174,22 +174,27 @@ class KTQuantizer(HfQuantizer):
             )
         check_target(save_directory, self._identity)
 
-    def merges(self, model: PreTrainedModel) -> bool:
-        """Whether saving `model` writes adapters that were merged into its experts.
+    def finishes(self, model: PreTrainedModel) -> bool:
+        """Whether what is saved of `model` is incomplete before `finish_saving`.
 
         Raises:
             CheckpointError: An adapter on experts is attached and not merged, or only a part of the model is saved.
         """
         self._check_whole(model)
-        return bool(merged_changes(model, self._plans))
+        return bool(merged_changes(model, self._plans)) or self._source is not None
 
     def finish_saving(self, model: PreTrainedModel, folder: Path) -> None:
         """Called when a whole model has been saved to `folder`: merges adapters into the experts there.
 
+        Of a quantised source, config.json gets its `quantization_config` back.
+
         Raises:
-            CheckpointError: A changed weight is not finite in its dtype, or a file cannot be read or written.
+            CheckpointError: A changed weight is not finite in its dtype, or cannot be quantised as it was, or a file
+                cannot be read or written.
         """
-        merge_saved(folder, model, self._plans)
+        merge_saved(folder, model, self._plans, self._source)
+        if self._source is not None:
+            keep_quantization(folder, self._source)
 
     def get_state_dict_and_metadata(
         self, model: PreTrainedModel
@@ -202,7 +207,7 @@ class KTQuantizer(HfQuantizer):
         if getattr(model, "_hf_peft_config_loaded", False):
             return None, {}  # only adapters are saved
         self._check_whole(model)
-        return state_with_experts(model, self._plans, self._identity), {}
+        return state_with_experts(model, self._plans, self._dense, self._identity), {}
 
     def _check_whole(self, model: PreTrainedModel) -> None:
         if type(model) is not self._model_class:

@@ -8,9 +8,11 @@ the files (kt_sft.loading.merging).
 
 from __future__ import annotations
 
+import json
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,28 +24,47 @@ from kt_sft.config import local_rank_and_size
 from kt_sft.loading.checkpoint import Checkpoint, TensorEntry
 from kt_sft.loading.errors import CheckpointError
 from kt_sft.loading.mapping import ModulePlan
+from kt_sft.loading.sources.dense import DenseWeight
+from kt_sft.loading.sources.entries import RequantisationError
 
 logger = logging.getLogger("kt_sft")
 
 
 def state_with_experts(
-    model: nn.Module, plans: Sequence[ModulePlan], source: tuple[tuple[str, int, int], ...]
+    model: nn.Module,
+    plans: Sequence[ModulePlan],
+    dense: Sequence[DenseWeight],
+    source: tuple[tuple[str, int, int], ...],
 ) -> dict[str, torch.Tensor]:
     """`model.state_dict()` with the experts' tensors, under keys that saving turns back into the source's own.
+
+    Of a quantised source, weights of the dense part are given as it has them, too: its own bytes where they did not
+    change, and quantised again where they did.
 
     Args:
         model: The model that `plans` were made for; its `_weight_conversions` no longer make experts.
         plans: From loading.
+        dense: From loading: what was dequantised.
         source: `Checkpoint.identity()` at loading time.
 
     Raises:
-        CheckpointError: The source checkpoint has changed or gone since it was loaded.
+        CheckpointError: The source checkpoint has changed or gone since it was loaded, or a weight that changed cannot
+            be quantised again as it was.
     """
-    entries = {key: entry for plan in plans for key, entry in plan.entries().items()}
     _check_unchanged(source)
     state = dict(model.state_dict())
-    _announce_dtypes(entries.values(), getattr(model, "dtype", None))
+    plain = [entry for plan in plans for entry in plan.entries().values() if entry.stored() == (entry,)]
+    _announce_dtypes(plain, getattr(model, "dtype", None))
+    entries = {key: entry for plan in plans for key, entry in plan.stored().items()}
+    entries |= {part.key: part for weight in dense for part in weight.entry.stored()}
     names = keys_for_saving(entries, getattr(model, "_weight_conversions", None) or [])
+    error = RequantisationError()
+    for weight in dense:
+        changed = weight.written(state.pop(weight.name), error) or {}
+        state |= {names[key]: value for key, value in changed.items()}
+        for key in changed:
+            del entries[key]
+    announce_requantised(error, "weights of the dense part")
     for path, keys in _by_file(entries.values()).items():
         try:
             with safe_open(path, framework="pt", device="cpu") as file:
@@ -52,6 +73,25 @@ def state_with_experts(
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{path}: cannot be read to copy the experts from it ({error})") from error
     return state
+
+
+def announce_requantised(error: RequantisationError, what: str) -> None:
+    """Logs how far weights that changed are from what they should be."""
+    if error.count and local_rank_and_size()[0] == 0:
+        logger.info(
+            "%d %s changed and are quantised again: relative error of what is written %.2e",
+            error.count,
+            what,
+            error.relative,
+        )
+
+
+def keep_quantization(folder: Path, quantization: Mapping[str, Any]) -> None:
+    """Writes the source's `quantization_config` into the config.json in `folder`, whose tensors are as it says."""
+    file = folder / "config.json"
+    if file.exists():
+        settings = json.loads(file.read_text(encoding="utf-8")) | {"quantization_config": dict(quantization)}
+        file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _announce_dtypes(entries: Iterable[TensorEntry], dtype: torch.dtype | None) -> None:

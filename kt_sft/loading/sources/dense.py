@@ -20,7 +20,7 @@ from kt_sft.engine.cpus import usable_cpus
 from kt_sft.loading.checkpoint import TensorEntry
 from kt_sft.loading.errors import CheckpointError, UnsupportedModelError
 from kt_sft.loading.mapping import ModulePlan
-from kt_sft.loading.sources.entries import QuantisedEntry, whole
+from kt_sft.loading.sources.entries import QuantisedEntry, RequantisationError, whole
 
 _INITIALIZED = "_is_hf_initialized"  # transformers' own mark; nn.Module's annotations know nothing of it
 
@@ -36,6 +36,26 @@ class DenseWeight:
     def loaded(self, dtype: torch.dtype) -> Tensor:
         """Its value as it was loaded, cast to `dtype` since then; on the CPU."""
         return self.entry.dequantised(whole(self.entry)).to(self.meta.dtype).to(dtype)
+
+    def written(self, value: Tensor, error: RequantisationError) -> dict[str, Tensor] | None:
+        """What its stored tensors are to hold for a new value, by key; None where it is the one that was loaded.
+
+        Raises:
+            CheckpointError: The checkpoint's format cannot be written, or the value is not finite.
+        """
+        value = value.detach().to("cpu")
+        if torch.equal(value, self.loaded(value.dtype)):
+            return None
+        if not bool(value.isfinite().all()):
+            raise CheckpointError(
+                f"{self.name} holds NaN or Inf values, which cannot be saved as {self.entry.description}"
+            )
+        parts, stored = self.entry.rewritten(whole(self.entry), value.float())
+        error.add(value.float(), stored)
+        return {
+            self.entry.parts[name].key: part.values.reshape(self.entry.parts[name].shape)
+            for name, part in parts.items()
+        }
 
 
 def plan_dense(

@@ -7,7 +7,6 @@ in it are counted in weights, from 0, where a plain tensor's are bytes of its fi
 from __future__ import annotations
 
 import abc
-import dataclasses
 import math
 import os
 from collections.abc import Mapping
@@ -52,6 +51,35 @@ class Rows:
 
 
 @dataclass(frozen=True)
+class PartRows:
+    """New rows of a stored tensor, which is taken as [rows, ...]: `values` from row `first` on, `step` apart."""
+
+    first: int
+    step: int
+    values: Tensor
+
+
+@dataclass
+class RequantisationError:
+    """What quantising changed weights again did to them: sums over all of them."""
+
+    count: int = 0
+    squared_error: float = 0.0
+    squared_values: float = 0.0
+
+    def add(self, exact: Tensor, stored: Tensor) -> None:
+        """One matrix, as it should be and as it is stored."""
+        self.count += 1
+        self.squared_error += (exact - stored).double().square().sum().item()
+        self.squared_values += exact.double().square().sum().item()
+
+    @property
+    def relative(self) -> float:
+        """Root of sum (exact - stored)^2 / sum exact^2."""
+        return math.sqrt(self.squared_error / self.squared_values) if self.squared_values else 0.0
+
+
+@dataclass(frozen=True)
 class QuantisedEntry(TensorEntry, abc.ABC):
     """A weight of [rows, columns] or [experts, rows, columns], and the tensors that it is stored in.
 
@@ -92,15 +120,15 @@ class QuantisedEntry(TensorEntry, abc.ABC):
     def dequantised(self, rows: Rows) -> Tensor:
         """Code x scale of some rows, FP32 [rows, columns]."""
 
-    def rewritten(self, rows: Rows, values: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """Quantises values again, the way the entry is: rows of each stored tensor that changes, and what they say.
+    def rewritten(self, rows: Rows, values: Tensor) -> tuple[dict[str, PartRows], Tensor]:
+        """Quantises values again, the way the entry is: what each stored tensor then holds, and what that says.
 
         Args:
             rows: Where they go.
             values: FP32 [rows, columns].
 
         Returns:
-            By the name in `parts` the new rows in that tensor's dtype, and what code x scale of them is, FP32.
+            By the name in `parts` what changes there, and code x scale of it, FP32.
 
         Raises:
             CheckpointError: There is no way back into this format.
@@ -109,10 +137,6 @@ class QuantisedEntry(TensorEntry, abc.ABC):
             f"{self.path}: tensor {self.key} is {self.description}, into which changed weights cannot be written back; "
             "keep the adapter beside the model, or export from a BF16 or FP8 copy of it"
         )
-
-    def replace_parts(self, parts: Mapping[str, TensorEntry]) -> QuantisedEntry:
-        """The same weight, stored elsewhere."""
-        return dataclasses.replace(self, parts=parts, path=next(iter(parts.values())).path)
 
     def rows_of(self, view: MatrixView) -> Rows:
         """Which rows a view of this entry takes.
@@ -220,6 +244,26 @@ def read_matrix(entry: TensorEntry, matrix: int = 0) -> Tensor:
     shape = entry.shape if len(entry.shape) <= 2 else entry.shape[1:]
     count = math.prod(shape)
     return read_span(entry, matrix * count, count).reshape(shape)
+
+
+def write_rows(entry: TensorEntry, part: PartRows) -> None:
+    """Puts rows into a stored tensor, in its file.
+
+    Raises:
+        CheckpointError: The file cannot be read or written.
+    """
+    width = part.values[0].numel()
+    count = (len(part.values) - 1) * part.step + 1
+    span = read_span(entry, part.first * width, count * width)
+    span.reshape(count, width)[:: part.step] = part.values.reshape(-1, width)
+    data = span.view(torch.uint8).numpy().tobytes()
+    try:
+        with open(entry.path, "r+b", buffering=0) as file:
+            written = os.pwrite(file.fileno(), data, entry.offset + part.first * width * span.itemsize)
+    except OSError as error:
+        raise CheckpointError(f"{entry.path}: tensor {entry.key} cannot be written ({error})") from error
+    if written != len(data):
+        raise CheckpointError(f"{entry.path}: only {written} of {len(data)} bytes of tensor {entry.key} were written")
 
 
 def require(entry: TensorEntry, shape: tuple[int, ...], dtypes: tuple[str, ...], what: str) -> None:

@@ -20,7 +20,7 @@ from kt_sft.engine.store import LayerStore
 from kt_sft.loading.checkpoint import TensorEntry
 from kt_sft.loading.errors import CheckpointError
 from kt_sft.loading.mapping import MatrixRead
-from kt_sft.loading.sources.entries import QuantisedEntry, Rows, companion, read_matrix, read_span
+from kt_sft.loading.sources.entries import PartRows, QuantisedEntry, Rows, companion, read_matrix, read_span
 
 _LARGEST = 448.0
 _SCALES = ("BF16", "F16", "F32", "F8_E8M0")
@@ -83,19 +83,24 @@ class Fp8Entry(QuantisedEntry):
         codes = span.reshape(-1, columns)[:: rows.step].float()
         return self._times(codes, self._scales(rows), rows)
 
-    def rewritten(self, rows: Rows, values: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    def rewritten(self, rows: Rows, values: Tensor) -> tuple[dict[str, PartRows], Tensor]:
         """The largest magnitude of each block onto the largest code, the scale rounded up to its dtype."""
         height, width = values.shape
-        if rows.step != 1 or rows.start % self.block[0] or (self.block[0] == self.shape[-2] != height):
-            raise CheckpointError(f"{self.path}: tensor {self.key} ({self.description}) is cut within a block")
         band, group = self.block
+        cut = rows.start % band or ((rows.start + height) % band and rows.start + height != self.shape[-2])
+        if cut or (rows.step != 1 and band != 1):
+            raise CheckpointError(f"{self.path}: tensor {self.key} ({self.description}) is cut within a block")
         padded = functional.pad(values.abs(), (0, -width % group, 0, -height % band))
         largest = padded.reshape(-(-height // band), band, -(-width // group), group).amax(dim=(1, 3))
-        stored = self.parts["scales"]
-        scales = _rounded_up(largest / _LARGEST, stored.dtype_name, self.powers)
-        spread = self._spread(scales.float(), rows, width)
+        scales = _rounded_up(largest / _LARGEST, self.parts["scales"].dtype_name, self.powers)
+        spread = scales.float().repeat_interleave(band, dim=0)[:height].repeat_interleave(group, dim=1)[:, :width]
         codes = (values / spread).clamp(-_LARGEST, _LARGEST).to(torch.float8_e4m3fn)
-        return {"codes": codes, "scales": scales}, codes.float() * spread
+        bands = -(-self.shape[-2] // band)
+        parts = {
+            "codes": PartRows(rows.matrix * self.shape[-2] + rows.start, rows.step, codes),
+            "scales": PartRows(rows.matrix * bands + rows.start // band, rows.step, scales),
+        }
+        return parts, codes.float() * spread
 
     def _times(self, codes: Tensor, scales: Tensor, rows: Rows) -> Tensor:
         return codes * self._spread(scales, rows, codes.shape[1])
