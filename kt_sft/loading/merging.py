@@ -31,7 +31,8 @@ def merged_changes(model: nn.Module, plans: Sequence[ModulePlan]) -> dict[str, L
     """What merged adapters left on the experts of `model`, by module.
 
     Raises:
-        CheckpointError: An adapter on experts is attached and not merged, so that saving would lose it.
+        CheckpointError: An adapter on experts is attached and not merged, so that saving would lose it, or merged into
+            experts of a checkpoint whose format has no room for it.
     """
     changes = {}
     for plan in plans:
@@ -42,6 +43,9 @@ def merged_changes(model: nn.Module, plans: Sequence[ModulePlan]) -> dict[str, L
                 "model, or save the adapter alone"
             )
         if experts.merged is not None:
+            for read in plan.reads:
+                if isinstance(read.view.entry, QuantisedEntry) and not read.view.entry.rewritable:
+                    raise read.view.entry.unwritable()
             changes[plan.name] = experts.merged
     return changes
 

@@ -51,7 +51,7 @@ _LINEAR = {  # gated delta net
     "layer_types": ["linear_attention", "full_attention"],
     "partial_rotary_factor": 0.5,
 }
-_YARN = {
+YARN = {
     "rope_type": "yarn",
     "rope_theta": 10000.0,
     "factor": 2.0,
@@ -164,7 +164,7 @@ FAMILIES: dict[str, list[Callable[[], nn.Module]]] = {
             index_topk=8,
         )
     ],
-    "gpt_oss": [text("GptOssForCausalLM", num_local_experts=8, rope_parameters=_YARN)],
+    "gpt_oss": [text("GptOssForCausalLM", num_local_experts=8, rope_parameters=YARN)],
     "hunyuan_v1_moe": [text("HunYuanMoEV1ForCausalLM", **_EXPERTS, moe_topk=2)],
     "hy_v3": [text("HYV3ForCausalLM", **_EXPERTS)],
     "jamba": [text("JambaForCausalLM", **_EXPERTS, **_MAMBA)],
@@ -175,7 +175,7 @@ FAMILIES: dict[str, list[Callable[[], nn.Module]]] = {
         text(
             "Mistral4ForCausalLM",
             **(LATENT | ROUTED | {"head_dim": 16}),
-            rope_parameters=_YARN | {"llama_4_scaling_beta": 0.1},
+            rope_parameters=YARN | {"llama_4_scaling_beta": 0.1},
         )
     ],
     "mixtral": [text("MixtralForCausalLM", num_local_experts=8)],
@@ -196,7 +196,7 @@ FAMILIES: dict[str, list[Callable[[], nn.Module]]] = {
     ],
     "olmoe": [text("OlmoeForCausalLM", **_EXPERTS)],
     "openai_privacy_filter": [
-        text("OpenAIPrivacyFilterForTokenClassification", num_local_experts=8, rope_parameters=_YARN)
+        text("OpenAIPrivacyFilterForTokenClassification", num_local_experts=8, rope_parameters=YARN)
     ],
     "phimoe": [text("PhimoeForCausalLM", num_local_experts=8)],
     "qwen2_moe": [text("Qwen2MoeForCausalLM", **_EXPERTS, **_SHARED)],

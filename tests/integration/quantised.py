@@ -106,3 +106,23 @@ def write_compressed_fp8(folder: Path, *, strategy: str = "channel", scales: tor
         },
     )
     return values
+
+
+#: E2M1: OCP Microscaling Formats 1.0, section 5.3.3.
+_E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=torch.float64)
+
+
+def write_mxfp4(folder: Path) -> Values:
+    """gpt-oss: fused experts, [E, H, 2I] and [E, I, H] in transformers, whose rows are stored in blocks of 32."""
+    tensors, values = load_file(folder / "model.safetensors"), {}
+    for key in [key for key in tensors if re.search(r"experts\.(gate_up|down)_proj$", key)]:
+        weight = tensors.pop(key).double().transpose(1, 2)
+        groups = weight.unflatten(2, (-1, 32))
+        exponents = torch.floor(torch.log2(groups.abs().amax(dim=3, keepdim=True))) - 2
+        codes = (groups / torch.exp2(exponents)).unsqueeze(-1).sub(_E2M1).abs().argmin(dim=-1)
+        values[key] = (_E2M1[codes] * torch.exp2(exponents)).flatten(2).transpose(1, 2)
+        tensors[f"{key}_blocks"] = (codes[..., 0::2] | (codes[..., 1::2] << 4)).to(torch.uint8)
+        tensors[f"{key}_scales"] = (exponents.squeeze(3) + 127).to(torch.uint8)
+    plain = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+    _write(folder, tensors, {"quant_method": "mxfp4", "modules_to_not_convert": plain})
+    return values

@@ -120,6 +120,11 @@ class QuantisedEntry(TensorEntry, abc.ABC):
     def dequantised(self, rows: Rows) -> Tensor:
         """Code x scale of some rows, FP32 [rows, columns]."""
 
+    @property
+    def rewritable(self) -> bool:
+        """Whether changed values can be quantised again the same way, and not lose the change in it."""
+        return False
+
     def rewritten(self, rows: Rows, values: Tensor) -> tuple[dict[str, PartRows], Tensor]:
         """Quantises values again, the way the entry is: what each stored tensor then holds, and what that says.
 
@@ -133,9 +138,13 @@ class QuantisedEntry(TensorEntry, abc.ABC):
         Raises:
             CheckpointError: There is no way back into this format.
         """
-        raise CheckpointError(
-            f"{self.path}: tensor {self.key} is {self.description}, into which changed weights cannot be written back; "
-            "keep the adapter beside the model, or export from a BF16 or FP8 copy of it"
+        raise self.unwritable()
+
+    def unwritable(self) -> CheckpointError:
+        """The error that says so."""
+        return CheckpointError(
+            f"{self.path}: tensor {self.key} is {self.description}, in which a merged adapter would be rounded away; "
+            "keep the adapter beside the model (chat and api take both), or merge it into a BF16 or FP8 copy of it"
         )
 
     def rows_of(self, view: MatrixView) -> Rows:
@@ -264,6 +273,18 @@ def write_rows(entry: TensorEntry, part: PartRows) -> None:
         raise CheckpointError(f"{entry.path}: tensor {entry.key} cannot be written ({error})") from error
     if written != len(data):
         raise CheckpointError(f"{entry.path}: only {written} of {len(data)} bytes of tensor {entry.key} were written")
+
+
+def unpacked(codes: Tensor) -> Tensor:
+    """Four-bit codes [rows, bytes], the even column in the low half, as [rows, 2 bytes] uint8."""
+    return torch.stack([codes & 15, codes >> 4], dim=2).flatten(1)
+
+
+def packed(codes: Tensor) -> Tensor:
+    """The way back: [rows, columns] uint8 below 16 to [rows, columns / 2 rounded up]."""
+    if codes.shape[1] % 2:
+        codes = torch.nn.functional.pad(codes, (0, 1))
+    return codes[:, 0::2] | (codes[:, 1::2] << 4)
 
 
 def require(entry: TensorEntry, shape: tuple[int, ...], dtypes: tuple[str, ...], what: str) -> None:

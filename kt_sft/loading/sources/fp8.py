@@ -83,6 +83,11 @@ class Fp8Entry(QuantisedEntry):
         codes = span.reshape(-1, columns)[:: rows.step].float()
         return self._times(codes, self._scales(rows), rows)
 
+    @property
+    def rewritable(self) -> bool:
+        """Eight bits keep a change."""
+        return True
+
     def rewritten(self, rows: Rows, values: Tensor) -> tuple[dict[str, PartRows], Tensor]:
         """The largest magnitude of each block onto the largest code, the scale rounded up to its dtype."""
         height, width = values.shape

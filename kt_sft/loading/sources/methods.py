@@ -11,7 +11,7 @@ from typing import Any
 
 from kt_sft.config import ConfigError
 from kt_sft.loading.checkpoint import TensorEntry
-from kt_sft.loading.sources import fp8
+from kt_sft.loading.sources import fp8, mxfp4
 
 _WAY_OUT = "take or make a BF16 copy of the model"
 
@@ -90,4 +90,8 @@ def _compressed_tensors(quantization: Mapping[str, Any]) -> Any:
     raise _refuse("compressed-tensors", f"weights of {kind[1]} bits of the type {kind[0]!r}")
 
 
-_METHODS = {"fp8": _fp8, "compressed-tensors": _compressed_tensors}
+def _mxfp4(quantization: Mapping[str, Any]) -> Any:
+    return mxfp4.fold
+
+
+_METHODS = {"fp8": _fp8, "compressed-tensors": _compressed_tensors, "mxfp4": _mxfp4}
