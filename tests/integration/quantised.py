@@ -81,17 +81,17 @@ def write_fp8(
 
 
 def write_compressed_fp8(folder: Path, *, strategy: str = "channel", scales: torch.dtype = torch.bfloat16) -> Values:
-    """GLM-4.5-FP8, and others of llm-compressor: a scale for each row ("channel") or one for all ("tensor")."""
+    """GLM-4.5-FP8, and others of llm-compressor: a scale for each row ("channel") or block, or one for all."""
     tensors, values = load_file(folder / "model.safetensors"), {}
     for key in [key for key, value in tensors.items() if is_dense_linear(key, value)]:
         rows, columns = tensors[key].shape
-        block = (1, columns) if strategy == "channel" else (rows, columns)
+        block = {"channel": (1, columns), "block": (128, 128), "tensor": (rows, columns)}[strategy]
         tensors[key], scale, values[key] = to_fp8(tensors[key], block, scales, powers=False)
-        tensors[f"{key}_scale"] = scale if strategy == "channel" else scale.reshape(1)
+        tensors[f"{key}_scale"] = scale.reshape(1) if strategy == "tensor" else scale
         if strategy == "tensor":
             tensors[key.replace(".weight", ".input_scale")] = torch.ones(1, dtype=scales)
     weights = {"num_bits": 8, "type": "float", "strategy": strategy, "symmetric": True, "dynamic": False}
-    weights |= {"group_size": None, "block_structure": None, "actorder": None, "observer": "minmax"}
+    weights |= {"group_size": None, "block_structure": [128, 128] if strategy == "block" else None}
     group = {"targets": ["Linear"], "weights": weights, "output_activations": None, "input_activations": None}
     _write(
         folder,
@@ -125,4 +125,92 @@ def write_mxfp4(folder: Path) -> Values:
         tensors[f"{key}_scales"] = (exponents.squeeze(3) + 127).to(torch.uint8)
     plain = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
     _write(folder, tensors, {"quant_method": "mxfp4", "modules_to_not_convert": plain})
+    return values
+
+
+def _to_int4(
+    weight: Tensor, group: int | None, symmetric: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Codes 0 to 15 [R, C], scales and zeros [R, G], and the values (code - zero) x scale."""
+    groups = weight.double().unflatten(1, (-1, group or weight.shape[1]))
+    if symmetric:
+        scales = (groups.abs().amax(dim=2) / 7).to(dtype)
+        zeros = torch.full_like(scales, 8, dtype=torch.long)
+    else:
+        low, high = groups.amin(dim=2).clamp(max=0), groups.amax(dim=2).clamp(min=0)
+        scales = ((high - low) / 15).to(dtype)
+        zeros = (-low / scales.double()).round().clamp(1, 15).long()  # 0 cannot be written by GPTQ's first layout
+    codes = (groups / scales.double().unsqueeze(2)).round().long() + zeros.unsqueeze(2)
+    codes = codes.clamp(0, 15)
+    values = (codes - zeros.unsqueeze(2)) * scales.double().unsqueeze(2)
+    return codes.flatten(1), scales, zeros, values.flatten(1)
+
+
+def pack_columns(codes: Tensor, order: tuple[int, ...] = tuple(range(8))) -> Tensor:
+    """Eight neighbouring columns to an int32; from the lowest bits on columns order[0], order[1], ... of them."""
+    padded = torch.nn.functional.pad(codes.long(), (0, -codes.shape[1] % 8)).unflatten(1, (-1, 8))
+    words = sum(padded[:, :, column] << (4 * place) for place, column in enumerate(order))
+    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+
+
+def write_compressed_int4(
+    folder: Path,
+    *,
+    group: int | None = 32,
+    symmetric: bool = True,
+    scales: torch.dtype = torch.bfloat16,
+    sizes: torch.dtype = torch.int32,
+    select: Callable[[str, Tensor], bool] = is_expert,
+) -> Values:
+    """Kimi-K2-Thinking: `pack-quantized`, of the experts only."""
+    tensors, values = load_file(folder / "model.safetensors"), {}
+    for key in [key for key, value in tensors.items() if select(key, value)]:
+        weight = tensors.pop(key)
+        codes, scale, zeros, values[key] = _to_int4(weight, group, symmetric, scales)
+        tensors[f"{key}_packed"], tensors[f"{key}_scale"] = pack_columns(codes), scale
+        tensors[f"{key}_shape"] = torch.tensor(weight.shape, dtype=sizes)
+        if not symmetric:
+            tensors[f"{key}_zero_point"] = pack_columns(zeros.T).T
+    weights = {
+        "num_bits": 4,
+        "type": "int",
+        "strategy": "group" if group else "channel",
+        "group_size": group,
+        "symmetric": symmetric,
+    }
+    weights |= {"actorder": None, "block_structure": None, "dynamic": False, "observer": "minmax"}
+    config = {"quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed"}
+    config["config_groups"] = {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": None}}
+    config["ignore"] = ["lm_head", "re:.*self_attn.*", "re:.*shared_experts.*", "re:.*mlp\\.(gate|up|down)_proj.*"]
+    _write(folder, tensors, config)
+    return values
+
+
+def write_gptq(folder: Path, *, group: int | None = 32, symmetric: bool = True, form: str | None = None) -> Values:
+    """Qwen3-30B-A3B-GPTQ-Int4: attention and experts; with `symmetric`, stored zeros are 7 (of gptq_v2, 8)."""
+    tensors, values = load_file(folder / "model.safetensors"), {}
+    for key in [key for key, value in tensors.items() if is_dense_linear(key, value)]:
+        weight, stem = tensors.pop(key), key.removesuffix(".weight")
+        codes, scales, zeros, values[key] = _to_int4(weight, group, symmetric, torch.float16)
+        tensors[f"{stem}.qweight"] = pack_columns(codes).T
+        tensors[f"{stem}.qzeros"] = pack_columns(zeros.T - (0 if form == "gptq_v2" else 1))
+        tensors[f"{stem}.scales"] = scales.T
+        tensors[f"{stem}.g_idx"] = (torch.arange(weight.shape[1]) // (group or weight.shape[1])).to(torch.int32)
+    config = {"quant_method": "gptq", "bits": 4, "group_size": group or -1, "sym": symmetric, "desc_act": False}
+    config |= {"lm_head": False, "damp_percent": 0.01} | ({"checkpoint_format": form} if form else {})
+    _write(folder, tensors, config)
+    return values
+
+
+def write_awq(folder: Path, *, group: int = 32) -> Values:
+    """Qwen3-30B-A3B-AWQ: attention and experts."""
+    tensors, values = load_file(folder / "model.safetensors"), {}
+    order = (0, 2, 4, 6, 1, 3, 5, 7)
+    for key in [key for key, value in tensors.items() if is_dense_linear(key, value)]:
+        weight, stem = tensors.pop(key), key.removesuffix(".weight")
+        codes, scales, zeros, values[key] = _to_int4(weight, group, False, torch.float16)
+        tensors[f"{stem}.qweight"] = pack_columns(codes.T, order)
+        tensors[f"{stem}.qzeros"], tensors[f"{stem}.scales"] = pack_columns(zeros.T, order), scales.T
+    config = {"quant_method": "awq", "bits": 4, "group_size": group, "zero_point": True, "version": "gemm"}
+    _write(folder, tensors, config | {"modules_to_not_convert": ["gate"]})
     return values

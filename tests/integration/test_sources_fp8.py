@@ -43,6 +43,7 @@ PUBLISHED: dict[str, tuple[str, Callable[..., quantised.Values], dict[str, Any]]
     "MiniMax-M2": ("minimax_m2", quantised.write_fp8, {"fmt": "float8_e4m3fn"}),
     "scales E8M0": ("qwen3_moe", quantised.write_fp8, {"scales": torch.float8_e8m0fnu, "powers": True}),
     "GLM-4.5-FP8": ("glm4_moe", quantised.write_compressed_fp8, {}),
+    "FP8_BLOCK": ("qwen3_moe", quantised.write_compressed_fp8, {"strategy": "block"}),
     "one scale": ("qwen3_moe", quantised.write_compressed_fp8, {"strategy": "tensor", "scales": torch.float32}),
 }
 

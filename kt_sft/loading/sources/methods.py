@@ -11,7 +11,7 @@ from typing import Any
 
 from kt_sft.config import ConfigError
 from kt_sft.loading.checkpoint import TensorEntry
-from kt_sft.loading.sources import fp8, mxfp4
+from kt_sft.loading.sources import fp8, gptq, int4, mxfp4
 
 _WAY_OUT = "take or make a BF16 copy of the model"
 
@@ -87,6 +87,12 @@ def _compressed_tensors(quantization: Mapping[str, Any]) -> Any:
     if kind == ("float", 8):
         block = _block(weights.get("block_structure"), "compressed-tensors")
         return lambda tensors: fp8.fold(tensors, block)
+    if kind == ("int", 4):
+        form = str(quantization.get("format"))
+        if form != "pack-quantized" or weights.get("strategy") not in ("group", "channel"):
+            raise _refuse("compressed-tensors", f"INT4 weights of the format {form!r}, {weights.get('strategy')!r}")
+        group = _group(weights.get("group_size"), "compressed-tensors")
+        return lambda tensors: int4.fold(tensors, group, bool(weights.get("symmetric", True)))
     raise _refuse("compressed-tensors", f"weights of {kind[1]} bits of the type {kind[0]!r}")
 
 
@@ -94,4 +100,33 @@ def _mxfp4(quantization: Mapping[str, Any]) -> Any:
     return mxfp4.fold
 
 
-_METHODS = {"fp8": _fp8, "compressed-tensors": _compressed_tensors, "mxfp4": _mxfp4}
+def _group(value: Any, method: str) -> int | None:
+    """Columns that share a scale; None: whole rows."""
+    if value in (None, -1):
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise _refuse(method, f"a group_size of {value!r}")
+    return value
+
+
+def _gptq(quantization: Mapping[str, Any]) -> Any:
+    if quantization.get("bits") != 4:
+        raise _refuse("gptq", f"bits: {quantization.get('bits')!r}")
+    form = str(quantization.get("checkpoint_format") or "gptq")
+    if form not in ("gptq", "gptq_v2"):
+        raise _refuse("gptq", f"checkpoint_format {form!r}")
+    group = _group(quantization.get("group_size"), "gptq")
+    symmetric, offset = bool(quantization.get("sym", True)), 1 if form == "gptq" else 0
+    return lambda tensors: gptq.fold_gptq(tensors, group, symmetric, offset)
+
+
+def _awq(quantization: Mapping[str, Any]) -> Any:
+    bits = quantization.get("bits", quantization.get("w_bit"))
+    version = str(quantization.get("version") or "gemm").lower()
+    if bits != 4 or version != "gemm":
+        raise _refuse("awq", f"bits: {bits!r} and version: {version!r}")
+    group = _group(quantization.get("group_size", quantization.get("q_group_size")), "awq")
+    return lambda tensors: gptq.fold_awq(tensors, group)
+
+
+_METHODS = {"fp8": _fp8, "compressed-tensors": _compressed_tensors, "mxfp4": _mxfp4, "gptq": _gptq, "awq": _awq}

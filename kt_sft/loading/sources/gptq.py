@@ -1,0 +1,169 @@
+"""Checkpoints of GPTQ and AWQ: four-bit integers packed along the other axis, turned once, on load, without loss.
+
+GPTQ (AutoGPTQ, GPTQModel), for a matrix of [rows, columns]: `qweight` [columns / 8, rows] int32 holds eight
+neighbouring columns each, the first in the lowest bits; `scales` [groups, rows]; `qzeros` [groups, rows / 8], packed
+likewise along rows, each one less than the zero (`checkpoint_format: gptq_v2`: the zero itself); `g_idx` [columns], the
+group of each column. https://github.com/ModelCloud/GPTQModel
+
+AWQ (AutoAWQ, `version: gemm`): `qweight` [columns, rows / 8] int32 holds eight neighbouring rows each, from the lowest
+bits on rows 0, 2, 4, 6, 1, 3, 5, 7 of them; `qzeros` [groups, rows / 8] in the same order; `scales` [groups, rows].
+https://github.com/casper-hansen/AutoAWQ
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kt_sft.loading.checkpoint import TensorEntry
+from kt_sft.loading.errors import CheckpointError
+from kt_sft.loading.sources.entries import companion, packed, read_matrix, require, unpacked
+from kt_sft.loading.sources.int4 import SCALES, Int4Entry, without
+
+#: Where AWQ puts rows 0 to 7 of eight, counted in codes from the lowest bits.
+_AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
+_PARTS = ("scales", "qzeros", "g_idx")
+
+
+@dataclass(frozen=True)
+class GptqInt4(Int4Entry):
+    """GPTQ's; `zero_offset` is what has to be added to a stored zero."""
+
+    zero_offset: int
+
+    def codes(self) -> Tensor:
+        """Eight columns at a time, turned."""
+        return read_matrix(self.parts["codes"]).T.contiguous().view(torch.uint8)
+
+    def scales(self) -> Tensor:
+        """Turned."""
+        return read_matrix(self.parts["scales"]).T.contiguous()
+
+    def zeros(self) -> Tensor | None:
+        """Turned.
+
+        Raises:
+            CheckpointError: The config says that there are none, and one is not 8.
+        """
+        stored = unpacked(read_matrix(self.parts["zeros"]).view(torch.uint8)).T.contiguous() + self.zero_offset
+        if self.zero_point:
+            return stored
+        if bool((stored != 8).any()):
+            zeros = self.parts["zeros"]
+            raise CheckpointError(
+                f"{zeros.path}: tensor {zeros.key} holds zero points, which a checkpoint with sym: true has not; is "
+                "its checkpoint_format right?"
+            )
+        return None
+
+
+class AwqInt4(Int4Entry):
+    """AWQ's."""
+
+    def codes(self) -> Tensor:
+        """Turned code by code."""
+        return packed(_awq_rows(read_matrix(self.parts["codes"])))
+
+    def scales(self) -> Tensor:
+        """Turned."""
+        return read_matrix(self.parts["scales"]).T.contiguous()
+
+    def zeros(self) -> Tensor | None:
+        """Turned code by code."""
+        return _awq_rows(read_matrix(self.parts["zeros"]))
+
+
+def _awq_rows(stored: Tensor) -> Tensor:
+    """[n, rows / 8] int32 as [rows, n] uint8, one code each."""
+    eights = unpacked(stored.view(torch.uint8)).unflatten(1, (-1, 8))
+    return eights[:, :, list(_AWQ_PLACES)].flatten(1).T.contiguous()
+
+
+def fold_gptq(
+    tensors: dict[str, TensorEntry], group: int | None, symmetric: bool, zero_offset: int
+) -> dict[str, TensorEntry]:
+    """Puts the tensors of GPTQ weights together; what is not quantised stays as it is.
+
+    Args:
+        tensors: By key.
+        group: Columns that share a scale; None: whole rows.
+        symmetric: Whether every zero is 8.
+        zero_offset: What has to be added to a stored zero.
+
+    Raises:
+        CheckpointError: A tensor of a weight is missing, or of the wrong dtype or shape; columns are grouped by the
+            order of activations.
+    """
+    found: dict[str, TensorEntry] = {}
+    used: set[str] = set()
+    for name, codes in tensors.items():
+        stem, _, last = name.rpartition(".")
+        if last != "qweight":
+            continue
+        if len(codes.shape) != 2:
+            raise CheckpointError(f"{codes.path}: tensor {name} has shape {list(codes.shape)}, expected a matrix")
+        rows, columns = codes.shape[1], codes.shape[0] * 8
+        parts = _parts(tensors, stem, codes, (rows, columns), group)
+        require(codes, (columns // 8, rows), ("I32",), "packed codes of GPTQ")
+        key = f"{stem}.weight"
+        if f"{stem}.g_idx" in tensors:
+            parts["g_idx"] = tensors[f"{stem}.g_idx"]
+            _check_order(parts["g_idx"], columns, group or columns)
+        found[key] = GptqInt4(
+            key, codes.path, "INT4", (rows, columns), 0, codes.nbytes, parts, group, not symmetric, zero_offset
+        )
+        used |= {part.key for part in parts.values()}
+    return found | without(tensors, used, found, _PARTS)
+
+
+def fold_awq(tensors: dict[str, TensorEntry], group: int | None) -> dict[str, TensorEntry]:
+    """Puts the tensors of AWQ weights together; what is not quantised stays as it is.
+
+    Args:
+        tensors: By key.
+        group: Columns that share a scale; None: whole rows.
+
+    Raises:
+        CheckpointError: A tensor of a weight is missing, or of the wrong dtype or shape.
+    """
+    found: dict[str, TensorEntry] = {}
+    used: set[str] = set()
+    for name, codes in tensors.items():
+        stem, _, last = name.rpartition(".")
+        if last != "qweight":
+            continue
+        if len(codes.shape) != 2:
+            raise CheckpointError(f"{codes.path}: tensor {name} has shape {list(codes.shape)}, expected a matrix")
+        columns, rows = codes.shape[0], codes.shape[1] * 8
+        parts = _parts(tensors, stem, codes, (rows, columns), group)
+        require(codes, (columns, rows // 8), ("I32",), "packed codes of AWQ")
+        key = f"{stem}.weight"
+        found[key] = AwqInt4(key, codes.path, "INT4", (rows, columns), 0, codes.nbytes, parts, group, True)
+        used |= {part.key for part in parts.values()}
+    return found | without(tensors, used, found, _PARTS)
+
+
+def _parts(
+    tensors: dict[str, TensorEntry], stem: str, codes: TensorEntry, shape: tuple[int, int], group: int | None
+) -> dict[str, TensorEntry]:
+    """A weight's tensors, checked."""
+    rows, columns = shape
+    groups = 1 if group is None else -(-columns // group)
+    scales = companion(tensors, stem, (f"{stem}.scales",), "scales", codes)
+    zeros = companion(tensors, stem, (f"{stem}.qzeros",), "zero points", codes)
+    require(scales, (groups, rows), SCALES, f"scales of {codes.key}")
+    require(zeros, (groups, -(-rows // 8)), ("I32",), f"zero points of {codes.key}")
+    if rows % 8:
+        raise CheckpointError(f"{codes.path}: tensor {codes.key} has {rows} rows, which are not packed by eight")
+    return {"codes": codes, "scales": scales, "zeros": zeros}
+
+
+def _check_order(g_idx: TensorEntry, columns: int, group: int) -> None:
+    require(g_idx, (columns,), ("I32", "I64"), "groups of columns")
+    if not torch.equal(read_matrix(g_idx).long(), torch.arange(columns, device="cpu") // group):
+        raise CheckpointError(
+            f"{g_idx.path}: tensor {g_idx.key} groups columns in the order of activations (desc_act), which kt_sft "
+            "does not read; take or make a BF16 copy of the model, or one quantised with desc_act: false"
+        )
