@@ -80,6 +80,21 @@ def write_fp8(
     return values
 
 
+def fuse(folder: Path, values: Values) -> None:
+    """Writes FP8 experts the way that transformers saves them: one tensor of all, gate rows first."""
+    tensors = load_file(folder / "model.safetensors")
+    for layer in sorted({key.partition(".experts.")[0] for key in tensors if ".experts." in key}):
+        count = len(
+            [key for key in tensors if key.startswith(f"{layer}.experts.") and key.endswith("down_proj.weight")]
+        )
+        for name, parts in (("gate_up_proj", ("gate", "up")), ("down_proj", ("down",))):
+            for suffix, source in (("", tensors), ("_scale_inv", tensors), ("", values)):
+                keys = [[f"{layer}.experts.{e}.{part}_proj.weight{suffix}" for part in parts] for e in range(count)]
+                stacked = torch.stack([torch.cat([source.pop(key) for key in row]) for row in keys])
+                source[f"{layer}.experts.{name}{suffix}"] = stacked
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
 def write_compressed_fp8(folder: Path, *, strategy: str = "channel", scales: torch.dtype = torch.bfloat16) -> Values:
     """GLM-4.5-FP8, and others of llm-compressor: a scale for each row ("channel") or block, or one for all."""
     tensors, values = load_file(folder / "model.safetensors"), {}

@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM
 import kt_sft
 from kt_sft.config import ConfigError, KTConfig
 from kt_sft.loading.errors import CheckpointError
+from kt_sft.loading.sources import fp8
 
 #: More than one block of 128, and a short one at the end.
 _SIZES = {"hidden_size": 160, "intermediate_size": 136, "moe_intermediate_size": 144}
@@ -73,7 +74,10 @@ def load(reference: nn.Module, folder: Path, dtype: torch.dtype = torch.float32,
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_published_layouts(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_published_layouts(
+    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fp8, "_VALUES_AT_ONCE", 2048)  # several pieces of a dense matrix
     reference, values = publish(name, tmp_path)
 
     ours = load(reference, tmp_path)
@@ -136,6 +140,34 @@ def test_blocks_of_another_size_run_in_another_format_only(tmp_path: Path) -> No
     assert torch.equal(stored, values["model.layers.0.mlp.experts.0.down_proj.weight"].float().bfloat16().float())
 
 
+@pytest.mark.parametrize("intermediate", [128, 144])
+def test_fused_experts(intermediate: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = _SIZES | {"moe_intermediate_size": intermediate}
+    model = text("Qwen3MoeForCausalLM", num_experts=8, **sizes)().bfloat16()
+    model.save_pretrained(tmp_path)
+    values = quantised.write_fp8(tmp_path)
+    if intermediate == 144:  # fused blocks that hold rows of gate and of up
+        quantised.fuse(tmp_path, values)
+        tensors = load_file(tmp_path / "model.safetensors")
+        for key in [key for key in tensors if key.endswith("gate_up_proj_scale_inv")]:
+            tensors[key] = tensors[key][:, :3].contiguous()
+        save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+        with pytest.raises(CheckpointError, match=r"hold FP8 in blocks of 128 x 128, which the engine cannot take as"):
+            load(model, tmp_path)
+        assert stores(load(model, tmp_path, expert_format="bf16"))
+        return
+    quantised.fuse(tmp_path, values)
+
+    ours = load(model, tmp_path)
+
+    for layer, store in enumerate(stores(ours)):
+        assert store.expert_format == "fp8"
+        gate_up, down = store.dequantized()
+        assert torch.equal(gate_up, values[f"model.layers.{layer}.mlp.experts.gate_up_proj"].float())
+        assert torch.equal(down, values[f"model.layers.{layer}.mlp.experts.down_proj"].float())
+
+
 EXPERT = "model.layers.1.mlp.experts.3.up_proj.weight"
 DENSE = "model.layers.1.self_attn.q_proj.weight"
 
@@ -172,6 +204,7 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
     "infinite scale": (_set(f"{EXPERT}_scale_inv", (1, 0), float("inf")), "the scale at row 1, column 0 is inf"),
     "negative scale": (_set(f"{EXPERT}_scale_inv", (0, 1), -0.5), "the scale at row 0, column 1 is -0.5"),
     "minus zero": (_set(f"{EXPERT}_scale_inv", (0, 1), -0.0), "the scale at row 0, column 1 is -0.0"),
+    "negative scale, dense": (_set(f"{DENSE}_scale_inv", (0, 0), -0.5), f"{DENSE}_scale_inv holds scales that are neg"),
     "scale too large": (_set(f"{EXPERT}_scale_inv", (0, 0), 1e37), "the scale at row 0, column 0 is"),
     "another shape": (
         lambda t: t.update({EXPERT: t[EXPERT][:128], f"{EXPERT}_scale_inv": t[f"{EXPERT}_scale_inv"][:1]}),

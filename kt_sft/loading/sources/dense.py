@@ -22,6 +22,9 @@ from kt_sft.loading.errors import CheckpointError, UnsupportedModelError
 from kt_sft.loading.mapping import ModulePlan
 from kt_sft.loading.sources.entries import QuantisedEntry, RequantisationError, whole
 
+#: Each holds some rows in FP32, or the whole of a matrix that is packed along the other axis.
+_MOST_THREADS = 8
+
 _INITIALIZED = "_is_hf_initialized"  # transformers' own mark; nn.Module's annotations know nothing of it
 
 
@@ -35,7 +38,11 @@ class DenseWeight:
 
     def loaded(self, dtype: torch.dtype) -> Tensor:
         """Its value as it was loaded, cast to `dtype` since then; on the CPU."""
-        return self.entry.dequantised(whole(self.entry)).to(self.meta.dtype).to(dtype)
+        value = torch.empty(self.entry.shape, dtype=dtype, device="cpu")
+        for rows in self.entry.bands():
+            part = self.entry.dequantised(rows).to(self.meta.dtype)
+            value[rows.start : rows.start + rows.count] = part
+        return value
 
     def written(self, value: Tensor, error: RequantisationError) -> dict[str, Tensor] | None:
         """What its stored tensors are to hold for a new value, by key; None where it is the one that was loaded.
@@ -131,7 +138,7 @@ def load_dense(model: nn.Module, weights: Sequence[DenseWeight], device_map: Any
         value = weight.loaded(weight.meta.dtype).to(_device(weight.name, device_map))
         module._parameters[name] = nn.Parameter(value, requires_grad=weight.meta.requires_grad)
 
-    with ThreadPoolExecutor(max_workers=max(1, len(usable_cpus()))) as pool:
+    with ThreadPoolExecutor(max_workers=max(1, min(_MOST_THREADS, len(usable_cpus())))) as pool:
         for _ in pool.map(load, weights):
             pass
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import abc
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,6 +112,14 @@ class QuantisedEntry(TensorEntry, abc.ABC):
     def description(self) -> str:
         """Its format in words."""
 
+    def cuts(self, rows: Rows) -> bool:
+        """Whether a store of `storage` cannot take some rows alone, because they share scales with others."""
+        return False
+
+    def bands(self) -> Iterator[Rows]:
+        """All rows of an entry that is one matrix, some at a time where that costs nothing."""
+        yield Rows(0, 0, 1, self.shape[-2])
+
     @abc.abstractmethod
     def put(self, store: LayerStore, read: MatrixRead, rows: Rows) -> None:
         """Hands codes and scales to a store of `storage` as they are."""
@@ -180,11 +188,11 @@ def resolve_storage(plan: ModulePlan, config: KTConfig) -> dict[str, Any]:
     entries = {entry.key: entry for read in plan.reads if isinstance(entry := read.view.entry, QuantisedEntry)}
     if not entries:
         return config.storage
-    kept = [entry.storage for entry in entries.values()]
     first = next(iter(entries.values()))
-    alike = all(storage == kept[0] for storage in kept) and len(entries) == len({r.view.entry.key for r in plan.reads})
-    if kept[0] is not None and alike and _asks_for(config, kept[0]):
-        return kept[0]
+    storage, alike = first.storage, all(entry.storage == first.storage for entry in entries.values())
+    alike = alike and len(entries) == len({read.view.entry.key for read in plan.reads})
+    if storage is not None and alike and not _cut(plan) and _asks_for(config, storage):
+        return storage
     if config.expert_format == "auto":
         what = f"hold {first.description}" if alike else "differ in their format"
         raise CheckpointError(
@@ -192,6 +200,11 @@ def resolve_storage(plan: ModulePlan, config: KTConfig) -> dict[str, Any]:
             "expert_format (int8, for one), and they are quantised again"
         )
     return config.storage
+
+
+def _cut(plan: ModulePlan) -> bool:
+    found = ((read.view.entry, read.view) for read in plan.reads)
+    return any(entry.cuts(entry.rows_of(view)) for entry, view in found if isinstance(entry, QuantisedEntry))
 
 
 def _asks_for(config: KTConfig, storage: Mapping[str, Any]) -> bool:

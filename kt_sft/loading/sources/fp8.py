@@ -9,6 +9,7 @@ Scales for activations are only carried along: products here are computed with u
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,8 @@ from kt_sft.loading.mapping import MatrixRead
 from kt_sft.loading.sources.entries import PartRows, QuantisedEntry, Rows, companion, read_matrix, read_span
 
 _LARGEST = 448.0
+#: Weights that are dequantised at a time, where not all of a matrix must be.
+_VALUES_AT_ONCE = 1 << 22
 _SCALES = ("BF16", "F16", "F32", "F8_E8M0")
 #: The block that the engine's fp8 has.
 _ENGINE_BLOCK = (128, 128)
@@ -58,14 +61,22 @@ class Fp8Entry(QuantisedEntry):
         kind = "with a scale for whole rows" if self.per_row else f"in blocks of {self.block[0]} x {self.block[1]}"
         return f"FP8 {kind}"
 
+    def cuts(self, rows: Rows) -> bool:
+        """Blocks of a fused tensor may hold rows of gate and of up."""
+        return not self.per_row and (rows.step != 1 or rows.start % self.block[0] != 0)
+
+    def bands(self) -> Iterator[Rows]:
+        """Whole blocks, about `_VALUES_AT_ONCE` weights at a time."""
+        height, width = self.shape[-2:]
+        step = max(1, _VALUES_AT_ONCE // (self.block[0] * width)) * self.block[0]
+        return (Rows(0, start, 1, min(step, height - start)) for start in range(0, height, step))
+
     def put(self, store: LayerStore, read: MatrixRead, rows: Rows) -> None:
         """Reads the codes into their place."""
         codes, columns = self.parts["codes"], self.shape[-1]
         scales = self._scales(rows)
         if store.group_size == 0:
             scales = scales[self._bands(rows)]
-        elif rows.start % self.block[0] or rows.step != 1:
-            raise CheckpointError(f"{self.path}: tensor {self.key} ({self.description}) is cut within a block")
         store.read_codes(
             read.matrix,
             read.expert,
@@ -81,7 +92,11 @@ class Fp8Entry(QuantisedEntry):
         start = (rows.matrix * self.shape[-2] + rows.start) * columns
         span = read_span(self.parts["codes"], start, ((rows.count - 1) * rows.step + 1) * columns)
         codes = span.reshape(-1, columns)[:: rows.step].float()
-        return self._times(codes, self._scales(rows), rows)
+        scales = self._scales(rows)
+        if not bool((scales.isfinite() & ~scales.signbit()).all()):
+            stored = self.parts["scales"]
+            raise CheckpointError(f"{stored.path}: tensor {stored.key} holds scales that are negative or not finite")
+        return codes.mul_(self._spread(scales, rows, columns))
 
     @property
     def rewritable(self) -> bool:
@@ -106,9 +121,6 @@ class Fp8Entry(QuantisedEntry):
             "scales": PartRows(rows.matrix * bands + rows.start // band, rows.step, scales),
         }
         return parts, codes.float() * spread
-
-    def _times(self, codes: Tensor, scales: Tensor, rows: Rows) -> Tensor:
-        return codes * self._spread(scales, rows, codes.shape[1])
 
     def _spread(self, scales: Tensor, rows: Rows, columns: int) -> Tensor:
         """A scale for every weight of some rows, from those of their bands."""

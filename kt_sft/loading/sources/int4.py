@@ -95,7 +95,7 @@ class Int4Entry(QuantisedEntry):
         codes = unpacked(self.codes()[part])[:, :columns].float()
         spread = self.scales()[part].float().repeat_interleave(self.columns_alike, dim=1)[:, :columns]
         offsets = 8 if zeros is None else zeros[part].float().repeat_interleave(self.columns_alike, dim=1)[:, :columns]
-        return (codes - offsets) * spread
+        return codes.sub_(offsets).mul_(spread)
 
 
 class CompressedInt4(Int4Entry):
