@@ -328,7 +328,7 @@ void ExpertLayer::FinishCodes(Matrix matrix, int64_t expert, const SourceCodes& 
                                   " is no number");
     }
   }
-  const int64_t bands = CeilDiv(height, storage_.group_rows), groups = w.scale_stride / ScaleBytes(w.scale_type);
+  const int64_t bands = CeilDiv(height, storage_.group_rows), groups = CeilDiv(width, w.group);
   std::memcpy(base + (w.scales - base), source.scales, static_cast<size_t>(bands * w.scale_stride));
   CheckScales(w, shape_.format, height, groups);
   if (storage_.zero_point) {

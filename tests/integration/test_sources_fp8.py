@@ -68,7 +68,7 @@ def publish(name: str, folder: Path) -> tuple[nn.Module, quantised.Values]:
     return reference.eval(), values
 
 
-def load(reference: nn.Module, folder: Path, dtype: torch.dtype = torch.float32, **settings: Any) -> nn.Module:
+def load(reference: nn.Module, folder: Path, dtype: Any = torch.float32, **settings: Any) -> nn.Module:
     model = type(reference).from_pretrained(folder, dtype=dtype, quantization_config=KTConfig(**settings))
     return model.eval()
 
@@ -124,6 +124,20 @@ def test_another_format_is_quantised_from_the_values(expert_format: str, tmp_pat
     for loaded, expected in zip(store.dequantized(), direct.dequantized(), strict=True):
         assert torch.equal(loaded, expected)
     assert 0 < store.relative_error == pytest.approx(direct.store.relative_error, rel=1e-9)
+
+
+def test_the_dtype_of_codes_is_not_taken_for_the_models(tmp_path: Path) -> None:
+    """With `dtype: auto` and none in config.json, transformers looks at the first tensor."""
+    reference, values = publish("Qwen3-FP8", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({key: config[key] for key in config if "dtype" not in key}))
+    tensors = load_file(tmp_path / "model.safetensors")
+    lead = {key: tensors.pop(key) for key in [next(key for key in tensors if key in values)]}
+    save_file(lead | tensors, tmp_path / "model.safetensors", {"format": "pt"})
+
+    ours = load(reference, tmp_path, dtype="auto")
+
+    assert {parameter.dtype for parameter in ours.parameters()} == {torch.bfloat16}
 
 
 def test_blocks_of_another_size_run_in_another_format_only(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -88,12 +89,16 @@ def experts_of(values: quantised.Values, layer: str) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_published_layouts(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_published_layouts(
+    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Codes, zeros and scales are FP32 values with at most 24 bits to their product: equal to the bit.
 
     Four bits times the 8 or 11 bits of BF16 and FP16 are exact; times FP32 both sides round once.
     """
     plain, values = publish(name, tmp_path)
+    asked: list[int] = []
+    monkeypatch.setattr("kt_sft.loading.quantizer.require_bytes", lambda need, *_: asked.append(need))
 
     ours = load(tmp_path)
 
@@ -102,6 +107,9 @@ def test_published_layouts(name: str, tmp_path: Path, caplog: pytest.LogCaptureF
         assert (store.expert_format, store.relative_error, store.scale_dtype) == ("int4", 0, PUBLISHED[name][3])
         for stored, expected in zip(store.dequantized(), experts_of(values, layer), strict=True):
             assert torch.equal(stored, expected)
+    taken = sum(tensor.nbytes for tensor in (*ours.parameters(), *stores(ours)))
+    pages = mmap.PAGESIZE * len(stores(ours))
+    assert taken - pages < asked[0] <= taken  # a store takes whole pages
     for key, parameter in ours.named_parameters():
         expected = values[key].float() if key in values else plain.get_parameter(key)
         assert torch.equal(parameter, expected), key
