@@ -75,12 +75,13 @@ def _block(value: Any, method: str) -> tuple[int, int] | None:
 
 def _compressed_tensors(quantization: Mapping[str, Any]) -> Any:
     """Groups of layers, each with what its weights are: https://github.com/vllm-project/compressed-tensors."""
-    groups = quantization.get("config_groups") or {}
-    found = {repr(weights): weights for group in groups.values() if (weights := dict(group.get("weights") or {}))}
+    groups = _block_of_settings(quantization, "config_groups")
+    kinds = [_block_of_settings(_block_of_settings(groups, name), "weights") for name in groups]
+    found = {repr(weights): weights for weights in kinds if weights}
     if len(found) != 1:
         raise _refuse("compressed-tensors", f"{len(found)} kinds of weights")
     (weights,) = found.values()
-    sparse = dict(quantization.get("sparsity_config") or {}).get("format", "dense")
+    sparse = _block_of_settings(quantization, "sparsity_config").get("format", "dense")
     if sparse != "dense":
         raise _refuse("compressed-tensors", f"the sparse format {sparse!r}")
     kind = (weights.get("type", "int"), weights.get("num_bits"))
@@ -98,6 +99,13 @@ def _compressed_tensors(quantization: Mapping[str, Any]) -> Any:
 
 def _mxfp4(quantization: Mapping[str, Any]) -> Any:
     return mxfp4.fold
+
+
+def _block_of_settings(settings: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    found = settings.get(name) or {}
+    if not isinstance(found, Mapping):
+        raise _refuse("compressed-tensors", f"{name}: {found!r}")
+    return found
 
 
 def _group(value: Any, method: str) -> int | None:
