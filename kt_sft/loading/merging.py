@@ -7,8 +7,9 @@ memory, whatever the layout: a matrix lies in the new tensor exactly as the plan
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,10 @@ from kt_sft.loading.mapping import MatrixRead, ModulePlan
 from kt_sft.loading.saving import announce_requantised, keys_for_saving
 from kt_sft.loading.sources.entries import QuantisedEntry, RequantisationError, write_rows
 from kt_sft.loading.sources.methods import fold_tensors
+from kt_sft.loading.threads import run_all
+
+#: Where experts are quantised again, which takes long. Each holds a few FP32 copies of a matrix.
+_MOST_THREADS = 16
 
 
 def merged_changes(model: nn.Module, plans: Sequence[ModulePlan]) -> dict[str, LowRank]:
@@ -83,8 +88,12 @@ def merge_saved(
         reads: dict[int, list[MatrixRead]] = {}
         for read in plan.reads:
             reads.setdefault(read.expert, []).append(read)
-        for expert, matrices in reads.items():
-            _merge_expert(plan, matrices, _parts(plan, changes[plan.name], expert), targets, error)
+        merge = functools.partial(_merge_expert, plan, reads, changes[plan.name], targets, error)
+        if quantization is not None:
+            run_all(merge, reads, _MOST_THREADS)
+            continue
+        for expert in reads:
+            merge(expert)
     announce_requantised(error, "matrices of experts")
 
 
@@ -112,13 +121,15 @@ def _parts(plan: ModulePlan, change: LowRank, expert: int) -> dict[str, Tensor]:
 
 def _merge_expert(
     plan: ModulePlan,
-    reads: Iterable[MatrixRead],
-    changes: Mapping[str, Tensor],
+    reads: Mapping[int, Sequence[MatrixRead]],
+    change: LowRank,
     targets: Mapping[str, TensorEntry],
     error: RequantisationError,
+    expert: int,
 ) -> None:
+    changes = _parts(plan, change, expert)
     by_tensor: dict[str, list[MatrixRead]] = {}
-    for read in reads:
+    for read in reads[expert]:
         if read.matrix in changes:
             by_tensor.setdefault(read.view.entry.key, []).append(read)
     for key, inside in by_tensor.items():
@@ -139,8 +150,8 @@ def _merge_quantised(
     plan: ModulePlan, read: MatrixRead, change: Tensor, target: QuantisedEntry, error: RequantisationError
 ) -> None:
     rows = target.rows_of(read.view)
-    merged = target.dequantised(rows) + change
-    if not bool(merged.isfinite().all()):
+    merged = target.dequantised(rows).add_(change)
+    if not all(torch.isfinite(extreme) for extreme in torch.aminmax(merged)):
         raise CheckpointError(
             f"tensor {target.key} ({read.matrix} of expert {read.expert} of {plan.name}): with the adapter merged a "
             "weight is not finite"

@@ -13,6 +13,7 @@ from kt_sft.engine.store import LayerStore
 from kt_sft.loading.errors import CheckpointError
 from kt_sft.loading.mapping import MatrixRead, ModulePlan
 from kt_sft.loading.sources.entries import QuantisedEntry, load_matrix
+from kt_sft.loading.threads import one_torch_thread_each
 
 #: Reads in flight. Beyond about this many, disks and page cache serve no faster; each holds one bounded buffer.
 _MAX_READERS = 16
@@ -35,6 +36,7 @@ def stream(work: Sequence[tuple[ModulePlan, LayerStore]], *, shown: bool = True)
     total = sum(_nbytes(read) for read, _, _ in jobs)
     readers = max(1, min(_MAX_READERS, 2 * len(usable_cpus()), len(jobs)))
     with (
+        one_torch_thread_each(),
         logging.tqdm(total=total, unit="B", unit_scale=True, desc="Loading experts", disable=not shown) as progress,
         ThreadPoolExecutor(max_workers=readers, thread_name_prefix="kt_sft-reader") as pool,
     ):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +15,11 @@ from torch import Tensor, nn
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from kt_sft.config import ConfigError
-from kt_sft.engine.cpus import usable_cpus
 from kt_sft.loading.checkpoint import TensorEntry
 from kt_sft.loading.errors import CheckpointError, UnsupportedModelError
 from kt_sft.loading.mapping import ModulePlan
 from kt_sft.loading.sources.entries import QuantisedEntry, RequantisationError, whole
+from kt_sft.loading.threads import run_all
 
 #: Each holds some rows in FP32, or the whole of a matrix that is packed along the other axis.
 _MOST_THREADS = 8
@@ -138,9 +137,7 @@ def load_dense(model: nn.Module, weights: Sequence[DenseWeight], device_map: Any
         value = weight.loaded(weight.meta.dtype).to(_device(weight.name, device_map))
         module._parameters[name] = nn.Parameter(value, requires_grad=weight.meta.requires_grad)
 
-    with ThreadPoolExecutor(max_workers=max(1, min(_MOST_THREADS, len(usable_cpus())))) as pool:
-        for _ in pool.map(load, weights):
-            pass
+    run_all(load, weights, _MOST_THREADS)
 
 
 def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import abc
 import math
 import os
+import threading
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -66,12 +67,16 @@ class RequantisationError:
     count: int = 0
     squared_error: float = 0.0
     squared_values: float = 0.0
+    lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def add(self, exact: Tensor, stored: Tensor) -> None:
-        """One matrix, as it should be and as it is stored."""
-        self.count += 1
-        self.squared_error += (exact - stored).double().square().sum().item()
-        self.squared_values += exact.double().square().sum().item()
+        """One matrix, as it should be and as it is stored; from any thread."""
+        squared_error = (exact - stored).square_().sum(dtype=torch.float64).item()
+        squared_values = exact.square().sum(dtype=torch.float64).item()
+        with self.lock:
+            self.count += 1
+            self.squared_error += squared_error
+            self.squared_values += squared_values
 
     @property
     def relative(self) -> float:
