@@ -198,10 +198,14 @@ void BindLayer(py::module_& m) {
       .def(py::init([](int64_t experts, int64_t hidden, int64_t intermediate, const std::string& activation, bool gated,
                        const std::string& format, int64_t group, bool zero_point, const std::string& scale_type,
                        const std::vector<int>& nodes, bool shared, int descriptor, bool mapped) {
-             const LayerShape shape{experts,      hidden,
-                                    intermediate, ActivationFromName(activation),
-                                    gated,        FormatFromName(format.c_str()),
-                                    group,        zero_point,
+             const LayerShape shape{experts,
+                                    hidden,
+                                    intermediate,
+                                    ActivationFromName(activation),
+                                    gated,
+                                    FormatFromName(format.c_str()),
+                                    group,
+                                    zero_point,
                                     ScaleTypeFromName(scale_type)};
              if (descriptor >= 0)
                return std::make_unique<ExpertLayer>(shape,
@@ -214,8 +218,7 @@ void BindLayer(py::module_& m) {
            }),
            py::kw_only(), py::arg("experts"), py::arg("hidden"), py::arg("intermediate"), py::arg("activation"),
            py::arg("gated"), py::arg("format"), py::arg("group"), py::arg("zero_point"), py::arg("scale_type") = "",
-           py::arg("nodes"),
-           py::arg("shared"), py::arg("descriptor"), py::arg("mapped"))
+           py::arg("nodes"), py::arg("shared"), py::arg("descriptor"), py::arg("mapped"))
       .def_property_readonly("nbytes", &ExpertLayer::bytes)
       .def_property_readonly("descriptor", &ExpertLayer::descriptor)
       .def("take_huge_pages", &ExpertLayer::TakeHugePages, py::call_guard<py::gil_scoped_release>())

@@ -283,7 +283,14 @@ void ExpertLayer::ReadFile(Matrix matrix, int64_t expert, const std::string& pat
   Write(matrix, expert, {slab.data(), layout.type, layout.row_stride, layout.column_stride});
 }
 
+void ExpertLayer::CheckKind(const SourceCodes& source) const {
+  if (storage_.scale_type != ScaleType::kNone && (source.zeros != nullptr) == storage_.zero_point) return;
+  throw std::invalid_argument("these are not the codes, scales and zero points of " +
+                              std::string(FormatName(shape_.format)));
+}
+
 void ExpertLayer::WriteCodes(Matrix matrix, int64_t expert, const SourceCodes& source) {
+  CheckKind(source);
   const int64_t bytes = storage_.row_bytes(columns(matrix));
   uint8_t* const to = WritableBase(matrix, expert);
   for (int64_t r = 0; r < rows(matrix); ++r)
@@ -293,6 +300,7 @@ void ExpertLayer::WriteCodes(Matrix matrix, int64_t expert, const SourceCodes& s
 
 void ExpertLayer::ReadCodes(Matrix matrix, int64_t expert, const std::string& path, int64_t offset,
                             const SourceCodes& layout) {
+  CheckKind(layout);
   const FileDescriptor file(path);
   const int64_t height = rows(matrix), bytes = storage_.row_bytes(columns(matrix)), stride = layout.row_stride;
   uint8_t* const to = WritableBase(matrix, expert);
@@ -314,9 +322,6 @@ void ExpertLayer::ReadCodes(Matrix matrix, int64_t expert, const std::string& pa
 
 void ExpertLayer::FinishCodes(Matrix matrix, int64_t expert, const SourceCodes& source) {
   const int64_t height = rows(matrix), width = columns(matrix);
-  if (storage_.scale_type == ScaleType::kNone || (source.zeros != nullptr) != storage_.zero_point)
-    throw std::invalid_argument("these are not the codes, scales and zero points of " +
-                                std::string(FormatName(shape_.format)));
   uint8_t* const base = WritableBase(matrix, expert);
   const MatrixView w = storage_.view(base, height, width);
   if (shape_.format == Format::kFp8) {

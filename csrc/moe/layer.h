@@ -130,6 +130,8 @@ class ExpertLayer {
   uint8_t* WritableBase(Matrix matrix, int64_t expert) const;
   // Stores rows [row, row + count); `source` holds them alone.
   void StoreRows(Matrix matrix, int64_t expert, int64_t row, int64_t count, const SourceMatrix& source);
+  // Throws std::invalid_argument where the layer has no scales, or zero points and the source none, or the other way.
+  void CheckKind(const SourceCodes& source) const;
   // Checks the stored codes of a matrix, and stores its scales and zero points; both mark it as written.
   void FinishCodes(Matrix matrix, int64_t expert, const SourceCodes& source);
   // Bytes that a matrix takes, the last cache line in full.
