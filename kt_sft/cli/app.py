@@ -10,17 +10,19 @@ import typer
 from rich.console import Console
 
 from kt_sft.cli.convert_adapter import convert_adapter
+from kt_sft.cli.migrate import migrate
 from kt_sft.cli.shapes import MODELS, ShapeError
 
 app = typer.Typer(
     name="kt-sft",
-    help="Routed experts on the CPU: is this machine ready for them, how fast is it, and who reads their adapters?",
+    help="Routed experts on the CPU: how ready and fast this machine is, and adapters and recipes of other tools.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
 app.command()(convert_adapter)
+app.command()(migrate)
 
 
 @app.command()

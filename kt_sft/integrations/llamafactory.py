@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -280,6 +280,14 @@ def _read_block(block: Any) -> Any:
             raise ConfigError(f"kt_sft: {block!r} is no JSON object ({error})") from error
     KTConfig.from_dict(block)
     return dict(block)
+
+
+def exclusions(recipe: Mapping[str, Any]) -> list[str]:
+    """What a recipe sets that cannot be combined with a `kt_sft:` block, one sentence each, with the way out."""
+    excluded = _EXCLUDED_MODEL_ARGUMENTS | _EXCLUDED_FINETUNING_ARGUMENTS
+    return [
+        f"{name} cannot be combined with kt_sft; {way_out}" for name, way_out in excluded.items() if recipe.get(name)
+    ]
 
 
 def _refuse(arguments: Any, excluded: dict[str, str]) -> None:
