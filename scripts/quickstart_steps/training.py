@@ -3,33 +3,19 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
-import itertools
 import json
-import statistics
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from quickstart_steps.processes import REPOSITORY, StepError, llamafactory_cli, run
+from kt_sft.cli.training_runs import WITHOUT_PLUGIN, TrainingRun, train
+from quickstart_steps.processes import REPOSITORY, StepError
+
+__all__ = ["WITHOUT_PLUGIN", "TrainingRun", "load_recipe", "train_stock", "train_with_engine"]
 
 RECIPE = REPOSITORY / "recipes" / "quickstart.yaml"
 PLUGIN_KEY = "kt_sft"
-#: Keeps torch from loading plugins, ours among them: what stock runs is what it would run without kt_sft installed.
-WITHOUT_PLUGIN = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainingRun:
-    """The outcome of one `llamafactory-cli train`."""
-
-    output_dir: Path
-    losses: list[float]  # one a step
-    tokens_per_second: float  # without padding
-    step_seconds: float  # the median step
-    peak_rss_mb: float
-    seconds: float  # the whole process
 
 
 def load_recipe(path: Path = RECIPE) -> dict[str, Any]:
@@ -82,24 +68,12 @@ def _train(
     log: Path,
     environment: dict[str, str],
 ) -> TrainingRun:
-    output_dir = REPOSITORY / settings["output_dir"]
-    # What an earlier run left must not be taken for this one's.
-    state_file = output_dir / "trainer_state.json"
-    state_file.unlink(missing_ok=True)
-    command = [llamafactory_cli(), "train", str(path), *changed_settings(recipe, settings)]
-    usage = run(name, command, log, environment)
-    if not state_file.is_file():
-        raise StepError(f"{name} wrote no {state_file}; its output: {log}")
-    steps = [entry for entry in json.loads(state_file.read_text())["log_history"] if "loss" in entry]
-    if len(steps) < 2:
-        raise StepError(f"{name} logged fewer than two steps in {state_file}")
-    return TrainingRun(
-        output_dir=output_dir,
-        losses=[entry["loss"] for entry in steps],
-        tokens_per_second=steps[-1]["num_input_tokens_seen"] / steps[-1]["train_runtime"],
-        step_seconds=statistics.median(
-            later["train_runtime"] - earlier["train_runtime"] for earlier, later in itertools.pairwise(steps)
-        ),
-        peak_rss_mb=usage.peak_rss_mb,
-        seconds=usage.seconds,
+    return train(
+        name,
+        path,
+        changed_settings(recipe, settings),
+        REPOSITORY / settings["output_dir"],
+        log,
+        environment=environment,
+        folder=REPOSITORY,
     )
