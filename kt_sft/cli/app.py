@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from kt_sft.cli.compare import compare
 from kt_sft.cli.convert_adapter import convert_adapter
 from kt_sft.cli.migrate import migrate
 from kt_sft.cli.shapes import MODELS, ShapeError
@@ -21,6 +22,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+app.command()(compare)
 app.command()(convert_adapter)
 app.command()(migrate)
 

@@ -1,0 +1,200 @@
+"""The report of `kt-sft compare`: Markdown, JSON, and a picture."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+#: Whom the table compares with, in this order.
+_BASELINES = ("zero3_tuned", "zero3", "llamafactory")
+
+
+def write_report(report: dict[str, Any], folder: Path) -> str:
+    """Writes report.json, report.md and report.png; returns what to tell the user.
+
+    Args:
+        report: From `Comparison.run`.
+        folder: Where they go.
+    """
+    (folder / "report.json").write_text(json.dumps(report, indent=2, default=str) + "\n")
+    text = markdown(report)
+    (folder / "report.md").write_text(text)
+    draw(report, folder / "report.png")
+    return f"{text}\nreport: {folder / 'report.md'}, report.json, report.png"
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The report for people: the table first, the full configuration last."""
+    parts = [f"# kt_sft compared, {report['date'][:10]}", _setting(report), _tables(report), _agreement(report)]
+    if report["missing"]:
+        missing = "\n".join(f"- {name}: {_first_lines(reason)}" for name, reason in report["missing"].items())
+        parts.append(f"## What did not run\n\n{missing}")
+    parts.append(_configuration(report))
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _setting(report: dict[str, Any]) -> str:
+    machine, model, settings = report["machine"], report["model"], report["settings"]
+    devices = ", ".join(device["name"] for device in machine["accelerators"])
+    random = model["random"]
+    what = model["path"] if random is None else f"{random['name']}, random weights"
+    layers = "" if model["layers"] is None else f", {model['layers']} layers"
+    weights = "" if model["weight_bytes"] is None else f", {model['weight_bytes'] / 2**30:.2f} GiB of weights"
+    lines = [
+        f"- Model: {what}{layers}{weights}.",
+        f"- Machine: {machine['cpu']}, {machine['cpus']} CPUs, {machine['memory_bytes'] / 2**30:.0f} GiB; "
+        + (f"accelerator {devices}." if devices else "no accelerator: every contender computes on the CPU.")
+        + f" Tier {machine['engine']['tier']}; threads: {settings['threads'] or 'as every program chooses'}.",
+        f"- {settings['rounds']} alternating rounds of {settings['steps']} steps, the first {settings['warmup']} not "
+        "measured. Ratios are taken within a round; their median and range are shown. Only ratios mean something "
+        "on a machine that does other work, too.",
+    ]
+    live = min(
+        (config["zero_optimization"].get("stage3_max_live_parameters", 1e9) for config in report["deepspeed"].values()),
+        default=0,
+    )
+    if model["weight_bytes"] is not None and model["weight_bytes"] / 2 < live:
+        lines.append(
+            f"- The model's {model['weight_bytes'] / 2e9:.2f}e9 weights are fewer than ZeRO-3 may keep gathered "
+            f"({live / 1e9:.0f}e9), so it moves less than it would with a whole model."
+        )
+    if not devices and any(name.startswith("zero3") for name in report["descriptions"]):
+        lines.append(
+            "- Without an accelerator ZeRO-3 copies its parameters within host memory; what a link costs is not part "
+            "of these figures."
+        )
+    return "\n".join(lines)
+
+
+def _tables(report: dict[str, Any]) -> str:
+    return "\n\n".join(_table(report, result) for result in report["results"])
+
+
+def _table(report: dict[str, Any], result: dict[str, Any]) -> str:
+    contenders = result["contenders"]
+    baselines = [name for name in _BASELINES if name in contenders]
+    devices = any(own["peak_device_bytes"] is not None for own in contenders.values())
+    heads = ["", "tokens/s", "spread", "s a step", "host GiB", *(["device GiB"] if devices else [])]
+    heads += [f"x {name}" for name in baselines]
+    rows = []
+    for name, own in contenders.items():
+        row = [
+            name,
+            f"{own['tokens_per_second']:.4g}",
+            f"{own['spread']:.0%}",
+            f"{own['step_seconds']:.3g}",
+            f"{own['peak_host_bytes'] / 2**30:.2f}",
+        ]
+        if devices:
+            row.append("" if own["peak_device_bytes"] is None else f"{own['peak_device_bytes'] / 2**30:.2f}")
+        row += [_ratio(own["ratios"].get(baseline)) for baseline in baselines]
+        rows.append(row)
+    title = f"## {result['tokens']} tokens a step ({result['batch']} x {result['cutoff_len']} a micro-batch)"
+    table = "\n".join(f"| {' | '.join(row)} |" for row in [heads, ["---"] * len(heads), *rows])
+    logged = contenders.get("kt_sft", {}).get("logged") or {}
+    split = "".join(f"\n- {name}: {value:.4g}" for name, value in logged.items())
+    return f"{title}\n\n{table}" + (f"\n\nWhat kt_sft logged, mean over the measured steps:\n{split}" if split else "")
+
+
+def _ratio(ratio: dict[str, float] | None) -> str:
+    if ratio is None:
+        return ""
+    return f"{ratio['median']:.2f} ({ratio['least']:.2f} to {ratio['greatest']:.2f})"
+
+
+def _agreement(report: dict[str, Any]) -> str:
+    rows = []
+    for result in report["results"]:
+        for name, own in result["contenders"].items():
+            found = own["agreement"]
+            if found is not None:
+                verdict = {True: "yes", False: "NO", None: "not judged"}[found["agrees"]]
+                rows.append(
+                    f"| {name} to {result['reference']} | {result['tokens']} | {_found(found, 'loss_first', '.2e')} "
+                    f"| {_found(found, 'gradient_first', '.2%')} | {_found(found, 'loss_mean', '.2e')} | {verdict} |"
+                )
+    if not rows:
+        return ""
+    return (
+        "## Do they compute the same?\n\nAll start from the same weights and take the same data in the same order. At "
+        "the first step, before any update, the loss and the gradient's norm must agree within what rounding to BF16 "
+        "explains; over all steps the losses may differ in the mean by as much, or by 5 % of the reference's fall "
+        "(kt_sft/cli/compare_figures.py derives the bounds). In parentheses: what is allowed. Where kt_sft stores "
+        "experts in another format than the checkpoint, differences are shown and not judged.\n\n"
+        "| | tokens | loss, first step | gradient norm, first step | loss, mean | agree |\n"
+        "| --- | --- | --- | --- | --- | --- |\n" + "\n".join(rows)
+    )
+
+
+def _found(agreement: dict[str, Any], name: str, form: str) -> str:
+    """A difference, and what is allowed."""
+    allowed = agreement["allowed"]
+    return f"{agreement[name]:{form}}" + ("" if allowed is None else f" ({allowed[name]:{form}})")
+
+
+def _configuration(report: dict[str, Any]) -> str:
+    machine = report["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
+    parts = [
+        "## Configuration",
+        f"Command: `{' '.join(report['command'])}`. Python {machine['python']}, {machine['platform']}; {versions}.",
+        "\n".join(f"- {name}: {text}." for name, text in report["descriptions"].items()),
+        f"The recipe, which only kt_sft runs with its last block:\n\n{_block(report['recipe'])}",
+        *(f"DeepSpeed's configuration, {name}:\n\n{_block(config)}" for name, config in report["deepspeed"].items()),
+    ]
+    return "\n\n".join(parts)
+
+
+def _block(content: dict[str, Any]) -> str:
+    return f"```json\n{json.dumps(content, indent=2)}\n```"
+
+
+def _first_lines(reason: str) -> str:
+    """The sentence, and the last line of the output that follows it."""
+    lines = [line.strip(" |") for line in reason.splitlines() if line.strip(" |")]
+    errors = [line for line in lines[1:] if "Error" in line]
+    return lines[0].partition(": ")[0] + (f": {errors[-1]}" if errors else "") if len(lines) > 1 else lines[0]
+
+
+def draw(report: dict[str, Any], path: Path) -> None:
+    """Draws the speeds with their range over the rounds, and the losses of the first workload."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    results = report["results"]
+    names = list(dict.fromkeys(name for result in results for name in result["contenders"]))
+    figure = Figure(figsize=(11.0, 4.5), layout="tight")
+    FigureCanvasAgg(figure)
+    speeds, losses = figure.subplots(1, 2)
+    for number, name in enumerate(names):
+        points = [(result["tokens"], result["contenders"][name]) for result in results if name in result["contenders"]]
+        medians = [own["tokens_per_second"] for _, own in points]
+        runs = [[run["tokens_per_second"] for run in own["runs"]] for _, own in points]
+        errors = [
+            [median - min(run) for median, run in zip(medians, runs, strict=True)],
+            [max(run) - median for median, run in zip(medians, runs, strict=True)],
+        ]
+        if len(results) == 1:
+            speeds.bar(number, medians, yerr=errors, capsize=4, label=name)
+        else:
+            speeds.errorbar([at for at, _ in points], medians, yerr=errors, marker="o", capsize=3, label=name)
+        curve = results[0]["contenders"].get(name, {}).get("losses", [])
+        losses.plot(range(1, len(curve) + 1), curve, marker=".", label=name)
+    if len(results) == 1:
+        speeds.set_xticks(range(len(names)), names)
+    else:
+        speeds.set_xscale("log", base=2)
+        speeds.set_xlabel("tokens a step")
+        speeds.legend(fontsize=8)
+    speeds.set_ylim(bottom=0)
+    speeds.set_ylabel("tokens/s")
+    losses.set_xlabel(f"step ({results[0]['tokens']} tokens each)")
+    losses.set_ylabel("loss")
+    losses.legend(fontsize=8)
+    for axes in (speeds, losses):
+        axes.grid(alpha=0.3)
+    machine = report["machine"]
+    devices = ", ".join(device["name"] for device in machine["accelerators"]) or "no accelerator"
+    figure.suptitle(f"{machine['cpu']}, {machine['cpus']} CPUs; {devices}", fontsize=10)
+    figure.savefig(path, format="png", dpi=140)
