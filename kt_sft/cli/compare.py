@@ -18,6 +18,7 @@ from kt_sft.cli import compare_figures as figures
 from kt_sft.cli import compare_plan as plan
 from kt_sft.cli.compare_machine import watched_device
 from kt_sft.cli.compare_model import ARCHITECTURES, ModelRequest, write_text
+from kt_sft.cli.compare_rates import predicted
 from kt_sft.cli.shapes import ShapeError
 from kt_sft.cli.training_runs import RunError, run_process, train
 
@@ -138,11 +139,12 @@ class Comparison:
             )
         layers, accumulation = plan.layers_of(folder), int(self._recipe.get("gradient_accumulation_steps", 1))
         same = self._recipe[plan.PLUGIN_KEY].get("expert_format", "auto") in plan.SAME_WEIGHTS
+        predictions = self._predictions(sizes, folder, accumulation) if weights is not None else [None] * len(sizes)
         results = []
-        for size in sizes:
+        for size, prediction in zip(sizes, predictions, strict=True):
             runs = self._workload(size, folder, running, facts)
             result = figures.compared(runs, layers, size.tokens * accumulation, same)
-            results.append({"cutoff_len": size.cutoff, "batch": size.batch, **result})
+            results.append({"cutoff_len": size.cutoff, "batch": size.batch, **result, "prediction": prediction})
         return {
             "kind": "kt-sft compare",
             "date": started.isoformat(timespec="seconds"),
@@ -194,8 +196,25 @@ class Comparison:
             record.write_text(json.dumps(made))
         return folder
 
+    def _predictions(self, sizes: list[plan.Workload], folder: Path, micro_batches: int) -> list[dict[str, Any]]:
+        """What the model of the step says of each size, from speeds measured now."""
+        typer.echo("measuring the machine's speeds ...", err=True)
+        request = {
+            "folder": str(folder),
+            "workloads": [(size.cutoff, size.batch) for size in sizes],
+            "settings": self._recipe[plan.PLUGIN_KEY],
+        }
+        file = self._out / "rates.json"
+        self._child("rates", ["kt_sft.cli.compare_rates", json.dumps(request), str(file)])
+        checkpointing = not self._recipe.get("disable_gradient_checkpointing", False)
+        return [
+            predicted(found["work"], found["rates"], checkpointing, micro_batches)
+            for found in json.loads(file.read_text())
+        ]
+
     def _child(self, name: str, arguments: list[str]) -> None:
-        run_process(name, [sys.executable, "-m", *arguments], self._out / "logs" / f"{name}.log")
+        log = self._out / "logs" / f"{name}.log"
+        run_process(name, [sys.executable, "-m", *arguments], log, environment=self._environment)
 
     def _workload(
         self, size: plan.Workload, folder: Path, running: list[plan.Contender], facts: dict[str, Any]

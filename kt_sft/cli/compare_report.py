@@ -26,7 +26,13 @@ def write_report(report: dict[str, Any], folder: Path) -> str:
 
 def markdown(report: dict[str, Any]) -> str:
     """The report for people: the table first, the full configuration last."""
-    parts = [f"# kt_sft compared, {report['date'][:10]}", _setting(report), _tables(report), _agreement(report)]
+    parts = [
+        f"# kt_sft compared, {report['date'][:10]}",
+        _setting(report),
+        _tables(report),
+        _agreement(report),
+        _model(report),
+    ]
     if report["missing"]:
         missing = "\n".join(f"- {name}: {_first_lines(reason)}" for name, reason in report["missing"].items())
         parts.append(f"## What did not run\n\n{missing}")
@@ -131,6 +137,43 @@ def _found(agreement: dict[str, Any], name: str, form: str) -> str:
     """A difference, and what is allowed."""
     allowed = agreement["allowed"]
     return f"{agreement[name]:{form}}" + ("" if allowed is None else f" ({allowed[name]:{form}})")
+
+
+def _model(report: dict[str, Any]) -> str:
+    """Predicted against measured, for kt_sft."""
+    rows, links = [], False
+    for result in report["results"]:
+        found = result["prediction"]
+        if found is None:
+            continue
+        own = result["contenders"].get("kt_sft")
+        measured = None if own is None else own["step_seconds"]
+        beside, crossover = found["side_by_side"], found["crossover_tokens"]
+        links = links or beside is not None
+        cells = [
+            str(result["tokens"]),
+            f"{found['rates']['expert_forward'] / 1e9:.0f} / {found['rates']['expert_backward'] / 1e9:.0f}",
+            f"{found['rates']['dense'] / 1e9:.0f}",
+            f"{found['cpu']:.3g}",
+            f"{found['device']:.3g}",
+            f"{found['in_turn']:.3g}",
+            "" if beside is None else f"{beside:.3g}",
+            "" if measured is None else f"{measured:.3g}",
+            "" if measured is None else f"{measured / found['in_turn']:.2f}",
+            "" if crossover is None else f"{crossover:.0f}",
+        ]
+        rows.append(f"| {' | '.join(cells)} |")
+    if not rows:
+        return ""
+    heads = ["tokens", "engine GFLOP/s", "dense GFLOP/s", "experts, s", "rest, s", "in turn, s", "side by side, s"]
+    heads += ["measured, s", "measured / in turn", "T*, tokens"]
+    alone = "" if links else " Here experts and the rest share one CPU, so they can only take turns."
+    return (
+        "## The model of the step\n\nPredicted from speeds measured before the runs, at these sizes "
+        "(kt_sft/offload/step_model.py), against what kt_sft took. The model counts products only: optimizer, LoRA, "
+        "norms and what Python takes between operations come on top, and so does whatever else the machine did."
+        f"{alone}\n\n| {' | '.join(heads)} |\n|{' --- |' * len(heads)}\n" + "\n".join(rows)
+    )
 
 
 def _configuration(report: dict[str, Any]) -> str:

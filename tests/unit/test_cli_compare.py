@@ -23,10 +23,12 @@ from kt_sft.cli import compare_plan as plan
 from kt_sft.cli.app import app
 from kt_sft.cli.compare_figures import Measured, agreement, compared, measured, rounding_bounds
 from kt_sft.cli.compare_model import ARCHITECTURES, ModelRequest, architecture, write_model, write_text
+from kt_sft.cli.compare_rates import measure, predicted, work_of
 from kt_sft.cli.compare_report import write_report
 from kt_sft.cli.shapes import MODELS, ShapeError, shape_of
 from kt_sft.cli.training_runs import TrainingRun
 from kt_sft.config import KTConfig
+from kt_sft.offload.step_model import Work
 
 runner = CliRunner()
 KT_SFT, LLAMAFACTORY, ZERO3, TUNED = plan.CONTENDERS
@@ -274,6 +276,38 @@ def test_the_watch_keeps_the_least_free_memory(tmp_path: Path, monkeypatch: pyte
     assert json.loads((tmp_path / "seen.json").read_text()) == {"first": 100, "least": 40}
 
 
+def a_prediction(link: float | None) -> dict[str, Any]:
+    work = Work(64, 64, 64, 32, 8, 2, layers=2, dense_weights=4096)
+    rates = {"expert_forward": 1e9, "expert_backward": 2e9, "dense": 4e9, "link": link}
+    return predicted(dataclasses.asdict(work), rates, True, 1)
+
+
+class TestPrediction:
+    def test_work_is_read_from_the_checkpoint(self, tmp_path: Path) -> None:
+        write_model(small("qwen3-30b-a3b"), tmp_path)
+        work = work_of(tmp_path, 32, 3)
+        model = AutoModelForCausalLM.from_pretrained(tmp_path)
+        linear = {n: p.numel() for n, p in model.named_parameters() if p.dim() == 2 and "embed" not in n}
+        head = linear.pop("lm_head.weight")
+        assert work.dense_weights * 2 == sum(linear.values())
+        assert (work.head_weights, work.tokens, work.sequence, work.layers) == (head, 96, 32, 2)
+        assert (work.hidden, work.intermediate, work.experts, work.top_k) == (64, 32, 8, 2)
+        assert work.attention_size == 32 * 128
+
+    def test_rates_are_measured_at_the_work(self) -> None:
+        work = Work(64, 64, 64, 32, 8, 2, layers=2, dense_weights=4096)
+        rates = measure(work, {"expert_format": "int8", "num_threads": 1})
+        assert rates.expert_forward > 0
+        assert rates.expert_backward > 0
+        assert (rates.link is None) is not torch.accelerator.is_available()
+
+    def test_without_a_link_there_is_no_crossover(self) -> None:
+        alone, linked = a_prediction(None), a_prediction(1e9)
+        assert alone["crossover_tokens"] is alone["streamed"] is alone["side_by_side"] is None
+        assert linked["crossover_tokens"] == 1e9 * 2 * 4 / 2e9
+        assert 0 < linked["side_by_side"] <= linked["in_turn"]
+
+
 def a_report(agrees: bool = True) -> dict[str, Any]:
     other = a_run(0, 50.0, losses=(5.0, 4.5, 4.0) if agrees else (7.0, 6.0, 5.0))
     runs = {"kt_sft": [a_run(0, 100.0)], "zero3": [other]}
@@ -287,7 +321,7 @@ def a_report(agrees: bool = True) -> dict[str, Any]:
         "deepspeed": {"zero3": json.loads((plan.RECIPES / "zero3_stock.json").read_text())},
         "descriptions": {contender.name: contender.description for contender in plan.CONTENDERS},
         "missing": {"llamafactory": "training failed (exit status 1): a b\n  | x\n  | ValueError: why\nThe output: f"},
-        "results": [{"cutoff_len": 64, "batch": 1, **compared(runs, 2, 64, True)}],
+        "results": [{"cutoff_len": 64, "batch": 1, **compared(runs, 2, 64, True), "prediction": a_prediction(None)}],
     }
 
 
@@ -299,6 +333,8 @@ class TestReport:
         assert "no accelerator: every contender computes on the CPU" in text
         assert "fewer than ZeRO-3 may keep gathered" in text
         assert "- llamafactory: training failed (exit status 1): ValueError: why" in text
+        in_turn = a_prediction(None)["in_turn"]
+        assert f"| {in_turn:.3g} |  | 1 | {1 / in_turn:.2f} |  |" in text  # 1 s was measured
         assert '"learning_rate"' in text
         assert '"offload_param"' in text
         assert json.loads((tmp_path / "report.json").read_text())["results"][0]["tokens"] == 64
