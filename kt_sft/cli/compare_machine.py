@@ -25,6 +25,7 @@ def facts() -> dict[str, Any]:
     """Hardware, versions, what the engine says of itself, and whether DeepSpeed can be imported."""
     import kt_sft
     from kt_sft.cli import hosts, machine
+    from kt_sft.config import openmp_threads, openmp_wait_policy, requested_tier
 
     return {
         "platform": platform.platform(),
@@ -35,7 +36,11 @@ def facts() -> dict[str, Any]:
         "accelerators": machine.accelerators(),
         "versions": {"kt_sft": kt_sft.__version__} | {host["name"]: host["version"] for host in hosts.versions()},
         "engine": kt_sft.system_info(),
-        "environment": {name: value for name, value in os.environ.items() if name.startswith(("OMP_", "KT_SFT_"))},
+        "environment": {
+            "KT_SFT_ISA": requested_tier(),
+            "OMP_NUM_THREADS": openmp_threads(),
+            "OMP_WAIT_POLICY": openmp_wait_policy(),
+        },
         "deepspeed_error": _deepspeed_error(),
     }
 

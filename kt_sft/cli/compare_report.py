@@ -8,6 +8,8 @@ from typing import Any
 
 #: Whom the table compares with, in this order.
 _BASELINES = ("zero3_tuned", "zero3", "llamafactory")
+#: Of T* / T, what kt_sft must at least be faster by than streaming of all experts.
+_SHARE_OF_CROSSOVER = 0.8
 
 
 def write_report(report: dict[str, Any], folder: Path) -> str:
@@ -161,12 +163,13 @@ def _model(report: dict[str, Any]) -> str:
             "" if measured is None else f"{measured:.3g}",
             "" if measured is None else f"{measured / found['in_turn']:.2f}",
             "" if crossover is None else f"{crossover:.0f}",
+            "" if crossover is None else _goal(crossover, result["batch"] * result["cutoff_len"]),
         ]
         rows.append(f"| {' | '.join(cells)} |")
     if not rows:
         return ""
     heads = ["tokens", "engine GFLOP/s", "dense GFLOP/s", "experts, s", "rest, s", "in turn, s", "side by side, s"]
-    heads += ["measured, s", "measured / in turn", "T*, tokens"]
+    heads += ["measured, s", "measured / in turn", "T*, tokens", "goal, x zero3_tuned"]
     alone = "" if links else " Here experts and the rest share one CPU, so they can only take turns."
     return (
         "## The model of the step\n\nPredicted from speeds measured before the runs, at these sizes "
@@ -176,12 +179,19 @@ def _model(report: dict[str, Any]) -> str:
     )
 
 
+def _goal(crossover: float, tokens: int) -> str:
+    """What kt_sft must reach against streaming: 0.8 T* / T, and never less than 1 below T*; beyond there is no goal."""
+    return "" if tokens >= crossover else f"{max(1.0, _SHARE_OF_CROSSOVER * crossover / tokens):.2f}"
+
+
 def _configuration(report: dict[str, Any]) -> str:
     machine = report["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
+    variables = ", ".join(f"{name}={value}" for name, value in machine["environment"].items() if value)
     parts = [
         "## Configuration",
-        f"Command: `{' '.join(report['command'])}`. Python {machine['python']}, {machine['platform']}; {versions}.",
+        f"Command: `{' '.join(report['command'])}`. Python {machine['python']}, {machine['platform']}; {versions}."
+        + (f" Environment: {variables}." if variables else ""),
         "\n".join(f"- {name}: {text}." for name, text in report["descriptions"].items()),
         f"The recipe, which only kt_sft runs with its last block:\n\n{_block(report['recipe'])}",
         *(f"DeepSpeed's configuration, {name}:\n\n{_block(config)}" for name, config in report["deepspeed"].items()),

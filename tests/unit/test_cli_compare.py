@@ -42,6 +42,7 @@ FACTS: dict[str, Any] = {
     "python": "3.11",
     "platform": "Linux",
     "versions": {"kt_sft": "0", "deepspeed": None},
+    "environment": {"KT_SFT_ISA": None, "OMP_WAIT_POLICY": "passive"},
 }
 
 
@@ -334,11 +335,19 @@ class TestReport:
         assert "fewer than ZeRO-3 may keep gathered" in text
         assert "- llamafactory: training failed (exit status 1): ValueError: why" in text
         in_turn = a_prediction(None)["in_turn"]
-        assert f"| {in_turn:.3g} |  | 1 | {1 / in_turn:.2f} |  |" in text  # 1 s was measured
+        assert f"| {in_turn:.3g} |  | 1 | {1 / in_turn:.2f} |  |  |" in text  # 1 s was measured
+        assert "Environment: OMP_WAIT_POLICY=passive." in text
         assert '"learning_rate"' in text
         assert '"offload_param"' in text
         assert json.loads((tmp_path / "report.json").read_text())["results"][0]["tokens"] == 64
         assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+
+    @pytest.mark.parametrize(("link", "goal"), [(1e6, "| 4000 | 50.00 |"), (6e7, "| 67 | 1.00 |"), (1e9, "| 4 |  |")])
+    def test_the_goal_follows_the_crossover(self, link: float, goal: str, tmp_path: Path) -> None:
+        report = a_report()
+        report["results"][0]["prediction"] = a_prediction(link)
+        write_report(report, tmp_path)
+        assert goal in (tmp_path / "report.md").read_text()
 
     @pytest.mark.parametrize("agrees", [True, False])
     def test_disagreement_is_said(self, agrees: bool, tmp_path: Path) -> None:
