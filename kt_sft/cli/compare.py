@@ -145,6 +145,8 @@ class Comparison:
             runs = self._workload(size, folder, running, facts)
             result = figures.compared(runs, layers, size.tokens * accumulation, same)
             results.append({"cutoff_len": size.cutoff, "batch": size.batch, **result, "prediction": prediction})
+            # A comparison of hours that is stopped leaves what it has.
+            (self._out / "results.json").write_text(json.dumps(results, indent=2))
         return {
             "kind": "kt-sft compare",
             "date": started.isoformat(timespec="seconds"),

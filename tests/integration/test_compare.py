@@ -20,6 +20,7 @@ def test_compares_and_reports(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stdout
     report = json.loads((tmp_path / "report.json").read_text())
     (found,) = report["results"]
+    assert json.loads((tmp_path / "results.json").read_text()) == report["results"]
     assert found["reference"] == "llamafactory"
     assert set(found["contenders"]) == {"kt_sft", "llamafactory"}
     for figures in found["contenders"].values():
