@@ -113,6 +113,8 @@ def read_recipe(path: Path) -> dict[str, Any]:
         raise CompareError(f"--recipe: {path} is no training recipe with a kt_sft block; kt_sft runs it as it is")
     if recipe.get("deepspeed"):
         raise CompareError(f"--recipe: {path} has deepspeed: already; take it out, it is put in for DeepSpeed's runs")
+    if (recipe[PLUGIN_KEY] or {}).get("lora_experts"):
+        raise CompareError(f"--recipe: {path} has lora_experts, which the others cannot train; leave it out")
     return recipe
 
 

@@ -22,6 +22,8 @@ from kt_sft.offload.step_model import Passes, Prediction, Rates, Work, crossover
 #: Bytes of experts that are measured: more than caches hold, less than a whole layer of the largest models.
 _EXPERT_BYTES = 1 << 30
 _LINK_BYTES = 1 << 28
+#: What of a recipe's block concerns the speed of one layer; the rest is about checkpoints and adapters.
+_LAYER_SETTINGS = ("expert_format", "group_size", "zero_point", "compute", "num_threads", "activation_policy")
 _REPEATS = 5
 
 
@@ -115,7 +117,7 @@ def _engine_rates(work: Work, settings: dict[str, Any]) -> tuple[float, float]:
     experts = min(work.experts // work.top_k * work.top_k, max(affordable, work.top_k))
     shape = LayerShape("measured", work.hidden, work.intermediate, experts, work.top_k)
     rows = max(1, round(work.tokens * work.top_k / work.experts))
-    config = KTConfig(**{key: value for key, value in settings.items() if key != "lora_experts"})
+    config = KTConfig(**{key: value for key, value in settings.items() if key in _LAYER_SETTINGS})
     layer = CpuExperts.from_weights(*random_weights(shape), config=config)
     contender = LayerContender("engine", "", layer)
     contender.prepare(balanced_batch(shape, rows))

@@ -95,6 +95,7 @@ class TestRecipes:
             ("do_train: true\n", "no training recipe with a kt_sft block"),
             ("kt_sft: {}\n", "no training recipe with a kt_sft block"),
             ("do_train: true\nkt_sft: {}\ndeepspeed: a.json\n", "has deepspeed: already"),
+            ("do_train: true\nkt_sft: {lora_experts: true}\n", "has lora_experts, which the others cannot train"),
         ],
     )
     def test_other_files_are_refused(self, content: str, message: str, tmp_path: Path) -> None:
