@@ -20,7 +20,7 @@ from kt_sft.cli.compare_machine import watched_device
 from kt_sft.cli.compare_model import ARCHITECTURES, ModelRequest, write_text
 from kt_sft.cli.compare_rates import predicted
 from kt_sft.cli.shapes import ShapeError
-from kt_sft.cli.training_runs import RunError, run_process, train
+from kt_sft.cli.training_runs import RunError, cause, run_process, train
 
 
 def compare(
@@ -233,7 +233,9 @@ class Comparison:
             except RunError as error:
                 if contender.name == plan.PLUGIN_KEY:
                     raise
-                self._missing[label] = str(error)
+                log = self._out / "logs" / f"{contender.name}_{size.tokens}_{number + 1}.log"
+                found = cause(log) if log.is_file() else None
+                self._missing[label] = str(error) if found is None else f"{str(error).partition(':')[0]}: {found}"
                 runs.pop(contender.name, None)
                 typer.echo(f"{label} failed; the report has its output", err=True)
                 continue

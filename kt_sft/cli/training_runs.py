@@ -10,6 +10,7 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -22,6 +23,10 @@ LOG_LINES_SHOWN = 40
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 #: Keeps torch from loading plugins, ours among them: what stock runs is what it would run without kt_sft installed.
 WITHOUT_PLUGIN = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+
+
+_ERROR = re.compile(r"(?:\[rank\d+\]: )?([\w.]*(?:Error|Exception): .+)")
+_LAUNCHERS_ERRORS = ("subprocess.", "torch.distributed.elastic.")
 
 
 class RunError(RuntimeError):
@@ -141,6 +146,15 @@ def train(
         seconds=usage.seconds,
         steps=steps,
     )
+
+
+def cause(log: Path) -> str | None:
+    """The first error that a run's output names, without those of launchers; None if there is none."""
+    for line in log.read_text(errors="replace").splitlines():
+        found = _ERROR.match(line)
+        if found and not found.group(1).startswith(_LAUNCHERS_ERRORS):
+            return found.group(1)
+    return None
 
 
 def llamafactory_cli() -> str:

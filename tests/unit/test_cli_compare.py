@@ -26,7 +26,7 @@ from kt_sft.cli.compare_model import ARCHITECTURES, ModelRequest, architecture, 
 from kt_sft.cli.compare_rates import measure, predicted, work_of
 from kt_sft.cli.compare_report import write_report
 from kt_sft.cli.shapes import MODELS, ShapeError, shape_of
-from kt_sft.cli.training_runs import TrainingRun
+from kt_sft.cli.training_runs import TrainingRun, cause
 from kt_sft.config import KTConfig
 from kt_sft.offload.step_model import Work
 
@@ -325,6 +325,17 @@ def a_report(agrees: bool = True) -> dict[str, Any]:
         "missing": {"llamafactory": "training failed (exit status 1): a b\n  | x\n  | ValueError: why\nThe output: f"},
         "results": [{"cutoff_len": 64, "batch": 1, **compared(runs, 2, 64, True), "prediction": a_prediction(None)}],
     }
+
+
+def test_the_cause_is_the_first_error_and_not_its_launcher_s(tmp_path: Path) -> None:
+    log = tmp_path / "run.log"
+    log.write_text(
+        "ready\n[rank0]:   raise ValueError('no')\n[rank0]: ValueError: no module\n"
+        "torch.distributed.elastic.multiprocessing.errors.ChildFailedError: x\nsubprocess.CalledProcessError: y\n"
+    )
+    assert cause(log) == "ValueError: no module"
+    log.write_text("subprocess.CalledProcessError: y\nkilled\n")
+    assert cause(log) is None
 
 
 class TestReport:
