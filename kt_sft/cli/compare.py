@@ -209,8 +209,9 @@ class Comparison:
         file = self._out / "rates.json"
         self._child("rates", ["kt_sft.cli.compare_rates", json.dumps(request), str(file)])
         checkpointing = not self._recipe.get("disable_gradient_checkpointing", False)
+        retained = self._recipe[plan.PLUGIN_KEY].get("activation_policy") != "recompute"
         return [
-            predicted(found["work"], found["rates"], checkpointing, micro_batches)
+            predicted(found["work"], found["rates"], checkpointing, micro_batches, retained=retained)
             for found in json.loads(file.read_text())
         ]
 

@@ -73,7 +73,9 @@ def _tensors(folder: Path) -> list[tuple[str, list[int]]]:
     return found
 
 
-def predicted(work: dict[str, Any], rates: dict[str, Any], checkpointing: bool, micro_batches: int) -> dict[str, Any]:
+def predicted(
+    work: dict[str, Any], rates: dict[str, Any], checkpointing: bool, micro_batches: int, *, retained: bool
+) -> dict[str, Any]:
     """What the model says of a workload.
 
     Args:
@@ -81,13 +83,14 @@ def predicted(work: dict[str, Any], rates: dict[str, Any], checkpointing: bool, 
         rates: `Rates`' fields, measured.
         checkpointing: Whether forward runs twice.
         micro_batches: Of a step.
+        retained: Whether the experts keep what backward needs, so that their forward runs once all the same.
 
     Returns:
         `work`, `rates`, the fields of `Prediction`, and, where there is a link, `streamed` (seconds of a step that
         streams the experts) and `crossover_tokens`.
     """
     task, speeds = Work(**work), Rates(**rates)
-    passes = Passes(2, 2) if checkpointing else Passes(1, 1)
+    passes = Passes(2 if checkpointing else 1, 2 if checkpointing and not retained else 1)
     found: Prediction = predict(task, speeds, passes, micro_batches)
     result = {"work": work, "rates": rates, **dataclasses.asdict(found), "streamed": None, "crossover_tokens": None}
     if speeds.link is not None:

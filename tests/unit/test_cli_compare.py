@@ -281,7 +281,7 @@ def test_the_watch_keeps_the_least_free_memory(tmp_path: Path, monkeypatch: pyte
 def a_prediction(link: float | None) -> dict[str, Any]:
     work = Work(64, 64, 64, 32, 8, 2, layers=2, dense_weights=4096)
     rates = {"expert_forward": 1e9, "expert_backward": 2e9, "dense": 4e9, "link": link}
-    return predicted(dataclasses.asdict(work), rates, True, 1)
+    return predicted(dataclasses.asdict(work), rates, True, 1, retained=True)
 
 
 class TestPrediction:
