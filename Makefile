@@ -85,7 +85,8 @@ test-cxx: $(INSTALLED)  ## Build and run the C++ tests; check what each tier's u
 	$(CTEST) --test-dir $(CXX_BUILD) -j $(JOBS) --no-tests=error --output-on-failure
 
 test-python: $(DEVELOP)  ## Run the Python tests, without network
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive \
+	  $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
 # One static program, on CPUs that this machine is not: needs Debian's g++-aarch64-linux-gnu and qemu-user.
 test-emulated: $(INSTALLED)  ## Run the C++ tests under qemu: aarch64, x86 without AVX-512, x86 without AVX
