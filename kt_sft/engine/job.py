@@ -8,6 +8,7 @@ has to wait for all the others to ask, so it does not matter which of them need 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -24,6 +25,8 @@ from kt_sft.config import local_job
 #: Seconds in which a process of this machine answers, if it runs at all.
 PATIENCE = 300.0
 _RETRY = 0.01
+#: What a process runs out of for a while; the others go on waiting for it.
+_PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 #: The kernel passes 253 descriptors with a message; and a message should fit a socket's buffer.
 _MOST_DESCRIPTORS = 64
 _MOST_BYTES = 1 << 16
@@ -91,8 +94,11 @@ class Offer:
         while True:
             try:
                 peer, _ = self._listener.accept()
-            except OSError:  # closed
-                return
+            except OSError as error:
+                if error.errno not in _PASSING:  # closed
+                    return
+                time.sleep(_RETRY)
+                continue
             _sockets.add(peer)
             with self._changed:
                 self._sent[peer] = 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import secrets
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ def whole_file(path: Path) -> Iterator[Path]:
     Raises:
         CheckpointError: It cannot be written; what was at `path` is as it was.
     """
-    partial = path.with_name(f"{path.name}.incomplete")
+    # A name of its own: several processes may save to one path.
+    partial = path.with_name(f"{path.name}.incomplete-{secrets.token_hex(8)}")
     try:
         yield partial
         os.replace(partial, path)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
+import socket
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -62,6 +64,29 @@ def test_the_first_makes_it_and_the_others_get_all_of_it(start: Start) -> None:
     assert early.hears() == "last"
     late = start(taker)
     assert [late.hears(), late.hears(), late.hears()] == ["Following", ("first", b"one"), "last"]
+
+
+def starved_maker(pipe: Connection) -> None:
+    """Runs out of descriptors as the first of the others asks."""
+    accept = socket.socket.accept
+    asked: list[None] = []
+
+    def once_without(listener: socket.socket) -> Any:
+        if not asked:
+            asked.append(None)
+            raise OSError(errno.EMFILE, "Too many open files")
+        return accept(listener)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "accept", once_without)
+        maker(pipe)
+
+
+def test_the_others_wait_for_one_that_is_out_of_descriptors(start: Start) -> None:
+    first = start(starved_maker)
+    assert first.hears() == "Offer"
+    other = start(taker)
+    assert [other.hears(), other.hears()] == ["Following", ("first", b"one")]
 
 
 def test_a_death_is_noticed_and_leaves_nothing_behind(start: Start) -> None:
