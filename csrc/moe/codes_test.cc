@@ -1,4 +1,6 @@
 // Matrices that are in a layer's format already: stored as they are, from memory and from files, and checked.
+#include <unistd.h>
+
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -50,13 +52,13 @@ void Fill(ExpertLayer* layer) {
 }
 
 struct Kind {
-  Format format;
   int64_t group;
+  Format format;
   bool zero_point;
 };
-constexpr Kind kKinds[] = {{Format::kInt8, 0, false},  {Format::kInt4, 32, false}, {Format::kInt4, 128, true},
-                           {Format::kNf4, 64, false},  {Format::kFp8, 128, false}, {Format::kFp8, 0, false},
-                           {Format::kMxfp4, 32, false}};
+constexpr Kind kKinds[] = {{0, Format::kInt8, false},  {32, Format::kInt4, false}, {128, Format::kInt4, true},
+                           {64, Format::kNf4, false},  {128, Format::kFp8, false}, {0, Format::kFp8, false},
+                           {32, Format::kMxfp4, false}};
 
 TEST(CodesComeOutAsTheyWentIn) {
   for (const Kind& kind : kKinds) {
@@ -71,15 +73,16 @@ TEST(CodesComeOutAsTheyWentIn) {
 
     // Every other row of a file, behind seven bytes.
     char name[] = "/tmp/kt_sft_codes_test_XXXXXX";
-    std::FILE* const file = fdopen(mkstemp(name), "wb");
-    CHECK(file != nullptr);
-    std::fwrite("1234567", 1, 7, file);
-    const std::vector<uint8_t> gap(static_cast<size_t>(codes.stride), 0xff);
+    const int descriptor = mkstemp(name);
+    CHECK(descriptor >= 0);
+    std::vector<uint8_t> content = {'1', '2', '3', '4', '5', '6', '7'};
     for (int64_t r = 0; r < kHidden; ++r) {
-      std::fwrite(codes.rows.data() + r * codes.stride, 1, static_cast<size_t>(codes.stride), file);
-      if (r + 1 < kHidden) std::fwrite(gap.data(), 1, gap.size(), file);
+      const uint8_t* const row = codes.rows.data() + r * codes.stride;
+      content.insert(content.end(), row, row + codes.stride);
+      if (r + 1 < kHidden) content.insert(content.end(), static_cast<size_t>(codes.stride), 0xff);
     }
-    std::fclose(file);
+    CHECK(write(descriptor, content.data(), content.size()) == static_cast<ssize_t>(content.size()));
+    close(descriptor);
     SourceCodes apart = codes.source();
     apart.row_stride = 2 * codes.stride;
     ExpertLayer from_file = Layer(kind.format, kind.group, kind.zero_point);
