@@ -104,6 +104,7 @@ def test_a_child_does_not_keep_a_dead_process_alive(start: Start) -> None:
 
     def parent(pipe: Connection) -> None:
         offer = join("it")
+        pipe.send(type(offer).__name__)
         assert isinstance(offer, Offer)
         offer.send("first", [0])
         pipe.recv()  # until one waits
@@ -113,6 +114,7 @@ def test_a_child_does_not_keep_a_dead_process_alive(start: Start) -> None:
         signal.pause()
 
     first = start(parent)
+    assert first.hears() == "Offer"
     waiting = start(taker)
     assert waiting.hears() == "Following"
     assert waiting.hears()[0] == "first"
@@ -150,6 +152,7 @@ def test_who_cannot_find_others_makes_it_alone(start: Start) -> None:
 def test_what_was_withdrawn_is_made_anew(start: Start) -> None:
     def withdraws(pipe: Connection) -> None:
         offer = join("it")
+        pipe.send(type(offer).__name__)
         assert isinstance(offer, Offer)
         offer.send("first", [0])
         pipe.recv()
@@ -158,6 +161,7 @@ def test_what_was_withdrawn_is_made_anew(start: Start) -> None:
         pipe.recv()
 
     first = start(withdraws)
+    assert first.hears() == "Offer"
     waiting = start(taker)
     assert waiting.hears() == "Following"
     assert waiting.hears()[0] == "first"
