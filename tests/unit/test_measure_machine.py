@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import select
+import subprocess
 import sys
 from pathlib import Path
 
@@ -36,12 +37,22 @@ def test_what_takes_too_long_is_ended_with_all_it_started(tmp_path: Path, monkey
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
-    monkeypatch.setattr(measure_machine, "PARTS", {"long": [f"echo begun; sleep 1000 > {pipe} & wait"]})
-    assert measure_machine.run("long", tmp_path, 5) is None
+    of_pipe = select.poll()
+    of_pipe.register(reader, select.POLLIN)
+
+    class Process(subprocess.Popen):
+        def wait(self, timeout: float | None = None) -> int:
+            if timeout == 1234:  # it is over once the part has got as far as this
+                assert of_pipe.poll(60_000), "nothing was started"
+                assert os.read(reader, 1) == b"b"
+                raise subprocess.TimeoutExpired(self.args, timeout)
+            return super().wait(timeout)
+
+    monkeypatch.setattr(measure_machine.subprocess, "Popen", Process)
+    monkeypatch.setattr(measure_machine, "PARTS", {"long": [f"echo begun; (echo -n b; sleep 1000) > {pipe} & wait"]})
+    assert measure_machine.run("long", tmp_path, 1234) is None
     assert (tmp_path / "long.log").read_text() == "begun\n"
-    ended = select.poll()
-    ended.register(reader, select.POLLHUP)
-    assert ended.poll(60_000) == [(reader, select.POLLHUP)], "sleep still holds the pipe"
+    assert of_pipe.poll(60_000) == [(reader, select.POLLHUP)], "sleep still holds the pipe"
     os.close(reader)
 
 
