@@ -58,8 +58,8 @@ class KTConfig(QuantizationConfigMixin):
             Few tokens for an expert, which wait for memory anyway, and backward are computed as with "bf16".
         store: Where a checkpoint's experts are kept: "resident", in memory of their own; "mapped", in the checkpoint's
             files, of which the system keeps in memory what there is room for; "auto", resident where they fit the
-            memory that is available, and mapped otherwise. Mapped are BF16 rows as they are; their values are not
-            checked, and the files must stay as they are.
+            memory that is available, and mapped otherwise. Mapped are rows that the engine reads as they lie on disk
+            (docs/settings.md); their values are not checked, and the files must stay as they are.
         num_threads: Engine threads. None: the CPUs this process may use, divided among the processes of this machine.
         activation_policy: "retain" keeps the experts' gate and up activations for backward (2·S·I·2 bytes a layer,
             S routed rows, I expert intermediate size), and their forward is not run a second time where layers are
@@ -191,11 +191,6 @@ class KTConfig(QuantizationConfigMixin):
                 f"kt_sft: zero_point applies to expert_format int4 only; leave it out for {self.stored_format} experts"
             )
         self._check_group()
-        if self.store == "mapped" and self.stored_format != "bf16":
-            raise ConfigError(
-                f"kt_sft: store 'mapped' reads a BF16 checkpoint's own rows, so it cannot keep {self.stored_format} "
-                "experts; leave expert_format out, or set store: resident"
-            )
         if self.lora_experts and self.compute == "int8":
             raise ConfigError(
                 "kt_sft: lora_experts cannot be combined with compute 'int8', which rounds what adapters multiply; set "

@@ -72,43 +72,6 @@ Storage StorageOfLayer(const LayerShape& shape) {
   return storage;
 }
 
-// The largest magnitude of a code, zero point included.
-float LargestCode(Format format) {
-  switch (format) {
-    case Format::kInt8:
-      return 127.0F;
-    case Format::kInt4:
-      return 16.0F;
-    case Format::kFp8:
-      return 448.0F;
-    case Format::kMxfp4:
-      return 6.0F;
-    case Format::kNf4:
-    case Format::kBf16:
-      break;
-  }
-  return 1.0F;
-}
-
-void CheckScales(const MatrixView& w, Format format, int64_t rows, int64_t groups) {
-  constexpr float kLargestBf16 = 0x1.fep127F;
-  const float largest = kLargestBf16 / LargestCode(format);
-  // Where codes reach further on one side, a negative scale turns them round.
-  const bool signed_scales = format == Format::kInt4 || format == Format::kNf4;
-  std::vector<float> scales(static_cast<size_t>(groups));
-  for (int64_t row = 0; row < rows; row += w.group_rows) {
-    const int64_t band = row / w.group_rows;
-    LoadScales(w, row, 0, groups, scales.data());
-    for (int64_t g = 0; g < groups; ++g) {
-      const float scale = scales[static_cast<size_t>(g)];
-      const bool number = w.scale_type != ScaleType::kE8M0 || w.scales[band * w.scale_stride + g] != 255;
-      if (number && std::fabs(scale) <= largest && (signed_scales || !std::signbit(scale))) continue;
-      throw std::invalid_argument("the scale at row " + std::to_string(band) + ", column " + std::to_string(g) +
-                                  " is " + (number ? std::to_string(scale) : "no number"));
-    }
-  }
-}
-
 }  // namespace
 
 ExpertLayer::ExpertLayer(const LayerShape& shape, const Allocate& allocate)
@@ -125,7 +88,10 @@ ExpertLayer::ExpertLayer(const LayerShape& shape, const Allocate& allocate)
   if (shape.experts > (int64_t{1} << 57) / (shape.hidden * shape.intermediate)) throw std::bad_alloc();
   const int64_t expert_bytes = (shape.gated ? 2 : 1) * MatrixBytes(Matrix::kUp) + MatrixBytes(Matrix::kDown);
   block_ = allocate(static_cast<size_t>(shape.experts * expert_bytes));
-  if (block_.size() == 0) mapped_.resize(static_cast<size_t>(kMatrixCount * shape.experts));
+  if (block_.size() == 0) {
+    mapped_.resize(static_cast<size_t>(kMatrixCount * shape.experts));
+    mapped_scales_.resize(mapped_.size());
+  }
   written_ = std::make_unique<std::atomic<uint8_t>[]>(static_cast<size_t>(kMatrixCount * shape.experts));
 }
 
@@ -174,43 +140,6 @@ size_t ExpertLayer::bytes() const {
   if (mapped_.empty()) return block_.size();
   const auto of = [&](Matrix matrix) { return storage_.bytes(rows(matrix), columns(matrix)); };
   return static_cast<size_t>(shape_.experts * ((shape_.gated ? 2 : 1) * of(Matrix::kUp) + of(Matrix::kDown)));
-}
-
-void ExpertLayer::Map(Matrix matrix, int64_t expert, std::shared_ptr<const FileMapping> file, int64_t offset,
-                      int64_t row_stride) {
-  const size_t index = Index(matrix, expert);
-  if (mapped_.empty()) throw std::logic_error("these experts have memory of their own; they cannot be mapped");
-  if (storage_.scale_type != ScaleType::kNone)
-    throw std::invalid_argument(std::string(FormatName(shape_.format)) + " experts cannot be mapped");
-  const int64_t bytes = storage_.row_bytes(columns(matrix)), height = rows(matrix);
-  // Elements are read as such, and compilers may count on their alignment.
-  if (offset % 2 != 0 || row_stride % 2 != 0) throw std::invalid_argument("rows must begin at even bytes");
-  if (offset < 0 || row_stride < bytes || offset > file->size() - bytes ||
-      (height - 1) > (file->size() - bytes - offset) / row_stride)
-    throw std::invalid_argument("rows must lie in the file one after the other");
-  mapped_[index] = storage_.view(file->data() + offset, height, columns(matrix));
-  mapped_[index].row_stride = row_stride;
-  if (std::find(files_.begin(), files_.end(), file) == files_.end()) files_.push_back(std::move(file));
-  MarkWritten(matrix, expert);
-}
-
-void ExpertLayer::ReadAhead() const {
-  using Range = std::pair<const uint8_t*, const uint8_t*>;
-  std::vector<Range> ranges;
-  for (size_t i = 0; i < mapped_.size(); ++i) {
-    const Matrix matrix = static_cast<Matrix>(i % kMatrixCount);
-    const MatrixView& view = mapped_[i];
-    if (view.rows == nullptr) continue;
-    ranges.emplace_back(view.rows,
-                        view.rows + (rows(matrix) - 1) * view.row_stride + storage_.row_bytes(columns(matrix)));
-  }
-  std::sort(ranges.begin(), ranges.end());
-  // Matrices that lie side by side, or row by row among each other, are read as one.
-  for (size_t i = 0; i < ranges.size();) {
-    Range all = ranges[i++];
-    while (i < ranges.size() && ranges[i].first <= all.second) all.second = std::max(all.second, ranges[i++].second);
-    ReadPages(all.first, all.second);
-  }
 }
 
 QuantisationError ExpertLayer::error() const {
@@ -283,12 +212,6 @@ void ExpertLayer::ReadFile(Matrix matrix, int64_t expert, const std::string& pat
   Write(matrix, expert, {slab.data(), layout.type, layout.row_stride, layout.column_stride});
 }
 
-void ExpertLayer::CheckKind(const SourceCodes& source) const {
-  if (storage_.scale_type != ScaleType::kNone && (source.zeros != nullptr) == storage_.zero_point) return;
-  throw std::invalid_argument("these are not the codes, scales and zero points of " +
-                              std::string(FormatName(shape_.format)));
-}
-
 void ExpertLayer::WriteCodes(Matrix matrix, int64_t expert, const SourceCodes& source) {
   CheckKind(source);
   const int64_t bytes = storage_.row_bytes(columns(matrix));
@@ -333,18 +256,7 @@ void ExpertLayer::FinishCodes(Matrix matrix, int64_t expert, const SourceCodes& 
                                   " is no number");
     }
   }
-  const int64_t bands = CeilDiv(height, storage_.group_rows), groups = CeilDiv(width, w.group);
-  std::memcpy(base + (w.scales - base), source.scales, static_cast<size_t>(bands * w.scale_stride));
-  CheckScales(w, shape_.format, height, groups);
-  if (storage_.zero_point) {
-    for (int64_t i = 0; i < bands * groups; ++i) {
-      // 16, one above the codes, is what some packers have for groups without positive weights.
-      if (source.zeros[i] > 16)
-        throw std::invalid_argument("the zero point at row " + std::to_string(i / groups) + ", column " +
-                                    std::to_string(i % groups) + " is " + std::to_string(source.zeros[i]));
-    }
-    std::memcpy(base + (w.zeros - base), source.zeros, static_cast<size_t>(bands * groups));
-  }
+  TakeScales(matrix, source, w, base + (w.scales - base), w.zeros == nullptr ? nullptr : base + (w.zeros - base));
   MarkWritten(matrix, expert);
 }
 

@@ -90,10 +90,12 @@ class ExpertLayer {
   // when it cannot be read or ends early.
   void ReadFile(Matrix matrix, int64_t expert, const std::string& path, int64_t offset, const SourceMatrix& layout);
 
-  // Takes one matrix for what lies in a file, as rows in this layer's format (one without scales): from byte `offset`
-  // on, `row_stride` bytes from row to row. Its values are not looked at. Throws std::invalid_argument where the rows
-  // are not whole, or not at even bytes, and std::logic_error for a layer with memory.
-  void Map(Matrix matrix, int64_t expert, std::shared_ptr<const FileMapping> file, int64_t offset, int64_t row_stride);
+  // Takes one matrix for what lies in a file, as rows in this layer's format: from byte `offset` on,
+  // `layout.row_stride` bytes from row to row. Values and codes are not looked at. Scales and zero points are copied,
+  // and checked as `WriteCodes` does; formats without them take none. Throws std::invalid_argument where the rows are
+  // not whole, or those of BF16 not at even bytes, and std::logic_error for a layer with memory. Not thread-safe.
+  void Map(Matrix matrix, int64_t expert, std::shared_ptr<const FileMapping> file, int64_t offset,
+           const SourceCodes& layout);
   // Throws std::runtime_error when a file that matrices lie in has changed.
   void CheckFiles() const {
     for (const auto& file : files_) file->CheckUnchanged();
@@ -132,7 +134,9 @@ class ExpertLayer {
   void StoreRows(Matrix matrix, int64_t expert, int64_t row, int64_t count, const SourceMatrix& source);
   // Throws std::invalid_argument where the layer has no scales, or zero points and the source none, or the other way.
   void CheckKind(const SourceCodes& source) const;
-  // Checks the stored codes of a matrix, and stores its scales and zero points; both mark it as written.
+  // Stores the scales and zero points of a matrix where its view `w` has them, which `scales` and `zeros` are.
+  void TakeScales(Matrix matrix, const SourceCodes& source, const MatrixView& w, uint8_t* scales, uint8_t* zeros) const;
+  // Checks the stored codes of a matrix, stores its scales and zero points, and marks it as written.
   void FinishCodes(Matrix matrix, int64_t expert, const SourceCodes& source);
   // Bytes that a matrix takes, the last cache line in full.
   int64_t MatrixBytes(Matrix matrix) const;
@@ -143,7 +147,8 @@ class ExpertLayer {
   const LayerShape shape_;
   const Storage storage_;
   Block block_;
-  std::vector<MatrixView> mapped_;  // by Index; empty for a layer with memory
+  std::vector<MatrixView> mapped_;                         // by Index; empty for a layer with memory
+  std::vector<std::unique_ptr<uint8_t[]>> mapped_scales_;  // likewise: the scales and zero points of mapped rows
   std::vector<std::shared_ptr<const FileMapping>> files_;
   mutable std::mutex error_mutex_;
   QuantisationError error_;

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from kt_sft.engine import _native  # type: ignore[attr-defined]
+from kt_sft.engine.biases import bias_values, checked_bias
 from kt_sft.engine.cpus import engine_nodes, job_nodes
+from kt_sft.engine.geometry import SCALE_DTYPES, row_bytes, scales_shape
 from kt_sft.engine.readahead import Neighbours
 
 #: `MappedFile(path)` maps a whole file. Raises RuntimeError, naming it, where that cannot be.
@@ -19,15 +21,6 @@ MappedFile = _native.FileMapping
 
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu2", "swiglu_oai")
 MATRICES = ("gate", "up", "down")
-
-#: Of formats with scales: their dtype, the default group of columns, and the rows of a group that is no whole row.
-_OWN_SCALES = {
-    "int8": (torch.float32, 0, 1),
-    "int4": (torch.bfloat16, 32, 1),
-    "nf4": (torch.bfloat16, 64, 1),
-    "fp8": (torch.float32, 128, 128),
-    "mxfp4": (torch.uint8, 32, 1),
-}
 
 _DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
@@ -220,20 +213,36 @@ class LayerStore:
         name = dtype_name(dtype, matrix)
         self.native.read_file(matrix, expert, os.fspath(path), offset, name, row_stride, col_stride)
 
-    def map_file(self, matrix: str, expert: int, *, file: Any, offset: int, row_stride: int) -> None:
+    def map_file(
+        self,
+        matrix: str,
+        expert: int,
+        *,
+        file: Any,
+        offset: int,
+        row_stride: int,
+        scales: Tensor | None = None,
+        zero_points: Tensor | None = None,
+    ) -> None:
         """Takes one expert's matrix for what lies in a file, without reading it; for a `mapped` store.
 
         Args:
             matrix: "gate", "up" or "down".
             expert: Its number.
             file: A `MappedFile`.
-            offset: Byte of the matrix's first value, even.
-            row_stride: Bytes from one row to the next, even.
+            offset: Byte of the matrix's first value or code; even for bf16.
+            row_stride: Bytes from one row to the next; even for bf16.
+            scales: As in `write_codes`, of which a copy is kept; None for bf16.
+            zero_points: As in `write_codes`.
 
         Raises:
-            ValueError: The rows do not lie in the file one after the other, or not at even bytes.
+            ValueError: The rows do not lie in the file one after the other, or not at even bytes; or as in
+                `write_codes`, but for codes, which are not looked at.
         """
-        self.native.map(matrix, expert, file, offset, row_stride)
+        if scales is not None or self.expert_format in SCALE_DTYPES:
+            scales, zero_points = self._checked_scales(matrix, scales, zero_points)
+        scales_at, zeros_at = (0 if part is None else part.data_ptr() for part in (scales, zero_points))
+        self.native.map(matrix, expert, file, offset, row_stride, scales_at, zeros_at)
 
     def expect(self, routed_rows: int, *, forward: bool) -> None:
         """Called when a pass over this layer begins; may begin to read the layer that comes next.
@@ -265,11 +274,11 @@ class LayerStore:
             ValueError: A shape or dtype is wrong, a code is no number, or a scale is not finite, too large or, but for
                 int4 and nf4, negative; the message names its place.
         """
-        rows, columns = self.shape(matrix)
-        row_bytes = columns if self.expert_format in ("int8", "fp8") else (columns + 1) // 2
-        if codes.shape != (rows, row_bytes) or codes.dtype != torch.uint8 or codes.stride(1) != 1:
-            raise ValueError(f"kt_sft: codes of {matrix} must be {(rows, row_bytes)} bytes, got {tuple(codes.shape)}")
         scales, zero_points = self._checked_scales(matrix, scales, zero_points)
+        rows, columns = self.shape(matrix)
+        shape = rows, row_bytes(self.expert_format, columns)
+        if codes.shape != shape or codes.dtype != torch.uint8 or codes.stride(1) != 1:
+            raise ValueError(f"kt_sft: codes of {matrix} must be {shape} bytes, got {tuple(codes.shape)}")
         zeros = 0 if zero_points is None else zero_points.data_ptr()
         self.native.write_codes(matrix, expert, codes.data_ptr(), codes.stride(0), scales.data_ptr(), zeros)
 
@@ -303,17 +312,14 @@ class LayerStore:
         zeros = 0 if zero_points is None else zero_points.data_ptr()
         self.native.read_codes(matrix, expert, os.fspath(path), offset, row_stride, scales.data_ptr(), zeros)
 
-    def _checked_scales(self, matrix: str, scales: Tensor, zero_points: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        own = _OWN_SCALES.get(self.expert_format)
-        if own is None or (zero_points is not None) != self.zero_point:
+    def _checked_scales(
+        self, matrix: str, scales: Tensor | None, zero_points: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        if scales is None or self.expert_format not in SCALE_DTYPES or (zero_points is not None) != self.zero_point:
             raise ValueError(f"kt_sft: these are not the scales and zero points of {self.expert_format} experts")
-        dtype, group, group_rows = own
-        group = group if self.group_size is None else self.group_size
-        rows, columns = self.shape(matrix)
-        bands = rows if group == 0 else -(-rows // group_rows)
-        shape = (bands, 1 if group == 0 else -(-columns // group))
+        shape = scales_shape(self.expert_format, self.group_size, self.shape(matrix))
         for name, tensor, kind in (
-            ("scales", scales, self.scale_dtype or dtype),
+            ("scales", scales, self.scale_dtype or SCALE_DTYPES[self.expert_format]),
             ("zero points", zero_points, torch.uint8),
         ):
             if tensor is not None and (tuple(tensor.shape) != shape or tensor.dtype != kind):
@@ -363,9 +369,9 @@ class LayerStore:
             ValueError: A shape is wrong, or a value is not finite.
         """
         gate_up_shape = (self.num_experts, self.intermediate_size * (2 if self.gated else 1))
-        self.gate_up_bias = _checked_bias("gate_up_bias", gate_up_bias, gate_up_shape)
-        self.down_bias = _checked_bias("down_bias", down_bias, (self.num_experts, self.hidden_size))
-        self.native.set_biases(_values(self.gate_up_bias), _values(self.down_bias))
+        self.gate_up_bias = checked_bias("gate_up_bias", gate_up_bias, gate_up_shape)
+        self.down_bias = checked_bias("down_bias", down_bias, (self.num_experts, self.hidden_size))
+        self.native.set_biases(bias_values(self.gate_up_bias), bias_values(self.down_bias))
 
     def dequantized(self) -> tuple[Tensor, Tensor]:
         """What the kernels effectively multiply by, without biases.
@@ -399,18 +405,3 @@ def _check_format(expert_format: str) -> None:
 
 def _native_group(group_size: int | None) -> int:
     return -1 if group_size is None else group_size
-
-
-def _checked_bias(name: str, bias: Tensor | None, shape: tuple[int, int]) -> Tensor | None:
-    if bias is None:
-        return None
-    if tuple(bias.shape) != shape:
-        raise ValueError(f"kt_sft: {name} must be {shape}, got {tuple(bias.shape)}")
-    bias = bias.detach().to("cpu", torch.float32).contiguous()
-    if not bias.isfinite().all():
-        raise ValueError(f"kt_sft: {name} holds a value that is not finite")
-    return bias
-
-
-def _values(bias: Tensor | None) -> list[float]:
-    return [] if bias is None else bias.flatten().tolist()

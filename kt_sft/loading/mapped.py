@@ -1,30 +1,43 @@
-"""Experts that stay where they are: the engine reads the rows of the checkpoint's own files."""
+"""Experts that stay where they are: the engine reads the rows of the checkpoint's own files.
+
+BF16 values need nothing else. Of quantised weights the codes stay in the files, and their scales are held in memory.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-from kt_sft.config import ConfigError, KTConfig
+from kt_sft.config import ConfigError
 from kt_sft.engine.readahead import Neighbours, Reader
 from kt_sft.engine.store import LayerStore, MappedFile
 from kt_sft.loading.errors import CheckpointError, NotEnoughMemoryError
 from kt_sft.loading.mapping import MatrixRead, ModulePlan
+from kt_sft.loading.sources.entries import CodesInFile, QuantisedEntry, keeps
 
 logger = logging.getLogger("kt_sft")
 
-#: The format of rows on disk, by the dtype's name in a safetensors header.
+#: The format of plain rows on disk, by the dtype's name in a safetensors header.
 _FORMATS = {"BF16": "bf16"}
+
+#: How the experts of each module are stored, by its name, as LayerStore's arguments.
+Storages = Mapping[str, Mapping[str, Any]]
 
 
 def decide_mapped(
-    plans: Sequence[ModulePlan], config: KTConfig, resident: Callable[[], None], mapped: Callable[[], None]
+    plans: Sequence[ModulePlan],
+    storages: Storages,
+    wanted: str,
+    resident: Callable[[], None],
+    mapped: Callable[[], None],
 ) -> bool:
     """Whether the experts of `plans` stay in the checkpoint's files.
 
     Args:
         plans: What is to be loaded.
-        config: Settings.
+        storages: How.
+        wanted: The setting `store`.
         resident: Raises NotEnoughMemoryError if there is not enough memory for everything.
         mapped: The same for what is not mapped.
 
@@ -32,8 +45,8 @@ def decide_mapped(
         ConfigError: They should, but the files do not hold what the engine reads.
         NotEnoughMemoryError: There is not enough memory, or not without mapping, which is impossible.
     """
-    if config.store == "mapped":
-        found = obstacle(plans, config)
+    if wanted == "mapped":
+        found = obstacle(plans, storages)
         if found is not None:
             raise ConfigError(f"kt_sft: store 'mapped' is not possible: {found}; set store: auto or resident")
         mapped()
@@ -41,9 +54,9 @@ def decide_mapped(
     try:
         resident()
     except NotEnoughMemoryError as error:
-        if config.store == "resident":
+        if wanted == "resident":
             raise
-        found = obstacle(plans, config)
+        found = obstacle(plans, storages)
         if found is not None:
             raise NotEnoughMemoryError(f"{error}. They cannot stay in the checkpoint's files either: {found}") from None
         try:
@@ -55,20 +68,24 @@ def decide_mapped(
     return False
 
 
-def obstacle(plans: Sequence[ModulePlan], config: KTConfig) -> str | None:
-    """Why the experts of `plans` cannot be mapped as `config` wants them stored; None if they can."""
+def obstacle(plans: Sequence[ModulePlan], storages: Storages) -> str | None:
+    """Why the experts of `plans` cannot be mapped as they are to be stored; None if they can."""
     for plan in plans:
         for read in plan.reads:
-            found = _obstacle(read, config.stored_format)
+            found = _obstacle(read, storages[plan.name])
             if found is not None:
                 return f"{read.view.entry.path}: tensor {read.view.entry.key} {found}"
     return None
 
 
-def _obstacle(read: MatrixRead, stored_format: str) -> str | None:
-    view, dtype = read.view, read.view.entry.dtype_name
-    if _FORMATS.get(dtype) != stored_format:
-        return f"holds {dtype} values, not rows of {stored_format}"
+def _obstacle(read: MatrixRead, storage: Mapping[str, Any]) -> str | None:
+    view, entry, wanted = read.view, read.view.entry, storage["expert_format"]
+    if isinstance(entry, QuantisedEntry):
+        if not keeps(entry, storage):
+            return f"holds {entry.description}, which is to be quantised again to {wanted}"
+        return f"holds {entry.description} packed along the other axis" if entry.turns else None
+    if _FORMATS.get(entry.dtype_name) != wanted:
+        return f"holds {entry.dtype_name} values, not rows of {wanted}"
     if view.col_stride != 1:
         return f"holds the {read.matrix} matrix transposed"
     if view.offset % 2:
@@ -80,25 +97,39 @@ def map_files(work: Sequence[tuple[ModulePlan, LayerStore]]) -> None:
     """Maps each store's matrices, which have no obstacle, from the files of its plan.
 
     Raises:
-        CheckpointError: A file cannot be mapped, or is shorter than its header says.
+        CheckpointError: A file cannot be mapped, or is shorter than its header says; or scales cannot be read, or are
+            none.
     """
     files: dict[str, MappedFile] = {}
     for plan, store in work:
         for read in plan.reads:
-            view = read.view
+            entry = read.view.entry
             try:
-                if view.entry.path not in files:
-                    files[view.entry.path] = MappedFile(view.entry.path)
+                rows = _rows_in_file(read)
+                if rows.path not in files:
+                    files[rows.path] = MappedFile(rows.path)
                 store.map_file(
                     read.matrix,
                     read.expert,
-                    file=files[view.entry.path],
-                    offset=view.offset,
-                    row_stride=view.row_stride * view.entry.dtype.itemsize,
+                    file=files[rows.path],
+                    offset=rows.offset,
+                    row_stride=rows.row_stride,
+                    scales=rows.scales,
+                    zero_points=rows.zero_points,
                 )
             except (ValueError, RuntimeError) as error:
-                raise CheckpointError(f"{view.entry.path}: tensor {view.entry.key}: {error}") from error
+                if isinstance(error, CheckpointError):
+                    raise
+                what = f"{read.matrix} of expert {read.expert} of {plan.name}"
+                raise CheckpointError(f"{entry.path}: tensor {entry.key} ({what}): {error}") from error
     all(file.renew_pages() for file in files.values())  # up to the first for which there are no huge pages
     layers, reader = [store.native for _, store in work], Reader()
     for place, (_, store) in enumerate(work):
         store.neighbours = Neighbours(layers, place, reader)
+
+
+def _rows_in_file(read: MatrixRead) -> CodesInFile:
+    view = read.view
+    if isinstance(view.entry, QuantisedEntry):
+        return view.entry.in_file(view.entry.rows_of(view))
+    return CodesInFile(view.entry.path, view.offset, view.row_stride * view.entry.itemsize, None)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from kt_sft.engine.geometry import row_bytes
 from kt_sft.engine.memory import available_bytes
 from kt_sft.engine.store import matrix_bytes
 from kt_sft.loading.errors import NotEnoughMemoryError
@@ -26,6 +27,13 @@ def experts_bytes(layout: ExpertLayout, storage: Mapping[str, Any]) -> int:
     first = matrix_bytes(intermediate, hidden, **storage)
     down = matrix_bytes(hidden, intermediate, **storage)
     return layout.num_experts * ((2 if layout.gated else 1) * first + down)
+
+
+def scales_bytes(layout: ExpertLayout, storage: Mapping[str, Any]) -> int:
+    """The part of `experts_bytes` that is scales and zero points: what experts take whose rows stay in files."""
+    hidden, intermediate, name = layout.hidden_size, layout.intermediate_size, storage["expert_format"]
+    first, down = intermediate * row_bytes(name, hidden), hidden * row_bytes(name, intermediate)
+    return experts_bytes(layout, storage) - layout.num_experts * ((2 if layout.gated else 1) * first + down)
 
 
 def require_bytes(each: int, what: str, processes: int = 1, together: int = 0) -> None:

@@ -26,7 +26,7 @@ from kt_sft.loading.errors import CheckpointError
 from kt_sft.loading.layout import ExpertLayout, find_experts
 from kt_sft.loading.mapped import decide_mapped
 from kt_sft.loading.mapping import ModulePlan, block_of, feeds_experts, plan_experts
-from kt_sft.loading.memory import experts_bytes, not_enough, require_bytes
+from kt_sft.loading.memory import experts_bytes, not_enough, require_bytes, scales_bytes
 from kt_sft.loading.merging import merge_saved, merged_changes
 from kt_sft.loading.processes import Loader, loader_for
 from kt_sft.loading.saving import check_target, keep_quantization, state_with_experts
@@ -257,11 +257,14 @@ class KTQuantizer(HfQuantizer):
             dense = sum(value.nbytes for value in model.parameters() if id(value) not in taken)
         each, together = (dense, experts) if self._loader.sharers > 1 else (dense + experts, 0)
         what, processes = f"the experts of {len(plans)} layers", local_rank_and_size()[1]
+        scales = sum(scales_bytes(plan.layout, self._storages[plan.name]) for plan in plans)
+        beside = "the weights beside the experts" + (", and the experts' scales" if scales else "")
         return decide_mapped(
             plans,
-            self._config,
+            self._storages,
+            self._config.store,
             resident=lambda: require_bytes(each, what, processes, together),
-            mapped=lambda: require_bytes(dense, "the weights beside the experts", processes),
+            mapped=lambda: require_bytes(dense + scales, beside, processes),
         )
 
     def _look_unquantised(self, model: PreTrainedModel) -> None:

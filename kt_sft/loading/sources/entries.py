@@ -52,6 +52,21 @@ class Rows:
 
 
 @dataclass(frozen=True)
+class CodesInFile:
+    """Codes (or BF16 values) that lie on disk as the engine reads them, row by row, and what belongs to them.
+
+    `offset` is the first code's byte, `row_stride` the bytes from row to row; scales and zero points are those that
+    `LayerStore.write_codes` takes.
+    """
+
+    path: str
+    offset: int
+    row_stride: int
+    scales: Tensor | None
+    zero_points: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class PartRows:
     """New rows of a stored tensor, which is taken as [rows, ...]: `values` from row `first` on, `step` apart."""
 
@@ -125,9 +140,32 @@ class QuantisedEntry(TensorEntry, abc.ABC):
         """All rows of an entry that is one matrix, some at a time where that costs nothing."""
         yield Rows(0, 0, 1, self.shape[-2])
 
-    @abc.abstractmethod
+    @property
+    def turns(self) -> bool:
+        """Whether its codes must be turned to become the engine's rows, so that these lie in no file."""
+        return False
+
+    def in_file(self, rows: Rows) -> CodesInFile:
+        """Where the codes of some rows lie, for an entry that need not turn them; reads their scales.
+
+        Raises:
+            CheckpointError: They cannot be read.
+        """
+        raise NotImplementedError
+
     def put(self, store: LayerStore, read: MatrixRead, rows: Rows) -> None:
         """Hands codes and scales to a store of `storage` as they are."""
+        found = self.in_file(rows)
+        assert found.scales is not None
+        store.read_codes(
+            read.matrix,
+            read.expert,
+            path=found.path,
+            offset=found.offset,
+            row_stride=found.row_stride,
+            scales=found.scales,
+            zero_points=found.zero_points,
+        )
 
     @abc.abstractmethod
     def dequantised(self, rows: Rows) -> Tensor:
@@ -223,11 +261,16 @@ def _asks_for(config: KTConfig, storage: Mapping[str, Any]) -> bool:
 def load_matrix(read: MatrixRead, store: LayerStore, entry: QuantisedEntry) -> None:
     """Fills one matrix of a store: with the codes as they are where the store takes them, else quantised again."""
     rows = entry.rows_of(read.view)
-    if entry.storage == storage_of(store):
+    if keeps(entry, storage_of(store)):
         entry.put(store, read, rows)
     else:
         values = entry.dequantised(rows)
         store.write(read.matrix, read.expert, values)
+
+
+def keeps(entry: QuantisedEntry, storage: Mapping[str, Any]) -> bool:
+    """Whether a store takes an entry's codes and scales as they are."""
+    return entry.storage == {"scale_dtype": None, **storage}
 
 
 def storage_of(store: LayerStore) -> dict[str, Any]:

@@ -17,11 +17,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kt_sft.engine.store import LayerStore
 from kt_sft.loading.checkpoint import TensorEntry
 from kt_sft.loading.errors import CheckpointError
-from kt_sft.loading.mapping import MatrixRead
-from kt_sft.loading.sources.entries import PartRows, QuantisedEntry, Rows, companion, read_matrix, read_span
+from kt_sft.loading.sources.entries import (
+    CodesInFile,
+    PartRows,
+    QuantisedEntry,
+    Rows,
+    companion,
+    read_matrix,
+    read_span,
+)
 
 _LARGEST = 448.0
 #: Weights that are dequantised at a time, where not all of a matrix must be.
@@ -71,20 +77,14 @@ class Fp8Entry(QuantisedEntry):
         step = max(1, _VALUES_AT_ONCE // (self.block[0] * width)) * self.block[0]
         return (Rows(0, start, 1, min(step, height - start)) for start in range(0, height, step))
 
-    def put(self, store: LayerStore, read: MatrixRead, rows: Rows) -> None:
-        """Reads the codes into their place."""
+    def in_file(self, rows: Rows) -> CodesInFile:
+        """Rows as they lie, with FP32 scales."""
         codes, columns = self.parts["codes"], self.shape[-1]
         scales = self._scales(rows)
-        if store.group_size == 0:
+        if self.per_row:
             scales = scales[self._bands(rows)]
-        store.read_codes(
-            read.matrix,
-            read.expert,
-            path=codes.path,
-            offset=codes.offset + (rows.matrix * self.shape[-2] + rows.start) * columns,
-            row_stride=rows.step * columns,
-            scales=scales,
-        )
+        offset = codes.offset + (rows.matrix * self.shape[-2] + rows.start) * columns
+        return CodesInFile(codes.path, offset, rows.step * columns, scales)
 
     def dequantised(self, rows: Rows) -> Tensor:
         """Code x scale of some rows."""

@@ -17,18 +17,40 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kt_sft.engine.store import LayerStore
 from kt_sft.loading.checkpoint import TensorEntry
 from kt_sft.loading.errors import CheckpointError
-from kt_sft.loading.sources.entries import companion, packed, read_matrix, require, unpacked
-from kt_sft.loading.sources.int4 import SCALES, Int4Entry, without
+from kt_sft.loading.mapping import MatrixRead
+from kt_sft.loading.sources.entries import Rows, companion, packed, read_matrix, require, unpacked
+from kt_sft.loading.sources.int4 import SCALES, Int4Entry, fold_each
 
 #: Where AWQ puts rows 0 to 7 of eight, counted in codes from the lowest bits.
 _AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
-_PARTS = ("scales", "qzeros", "g_idx")
+_CODES, _PARTS = "qweight", ("scales", "qzeros", "g_idx")
+
+
+class TurnedInt4(Int4Entry):
+    """Packed along the other axis."""
+
+    @property
+    def turns(self) -> bool:
+        """Its codes are turned to become rows."""
+        return True
+
+    def put(self, store: LayerStore, read: MatrixRead, rows: Rows) -> None:
+        """Hands over codes that were turned into rows."""
+        part, zeros = rows.slice(), self.zeros()
+        store.write_codes(
+            read.matrix,
+            read.expert,
+            self.codes()[part].contiguous(),
+            self.scales()[part],
+            None if zeros is None else zeros[part],
+        )
 
 
 @dataclass(frozen=True)
-class GptqInt4(Int4Entry):
+class GptqInt4(TurnedInt4):
     """GPTQ's; `zero_offset` is what has to be added to a stored zero."""
 
     zero_offset: int
@@ -59,7 +81,7 @@ class GptqInt4(Int4Entry):
         return None
 
 
-class AwqInt4(Int4Entry):
+class AwqInt4(TurnedInt4):
     """AWQ's."""
 
     def codes(self) -> Tensor:
@@ -96,26 +118,19 @@ def fold_gptq(
         CheckpointError: A tensor of a weight is missing, or of the wrong dtype or shape; columns are grouped by the
             order of activations.
     """
-    found: dict[str, TensorEntry] = {}
-    used: set[str] = set()
-    for name, codes in tensors.items():
-        stem, _, last = name.rpartition(".")
-        if last != "qweight":
-            continue
-        if len(codes.shape) != 2:
-            raise CheckpointError(f"{codes.path}: tensor {name} has shape {list(codes.shape)}, expected a matrix")
+
+    def entry(stem: str, codes: TensorEntry) -> GptqInt4:
+        _require_matrix(codes)
         rows, columns = codes.shape[1], codes.shape[0] * 8
         parts = _parts(tensors, stem, codes, (rows, columns), group)
         require(codes, (columns // 8, rows), ("I32",), "packed codes of GPTQ")
-        key = f"{stem}.weight"
         if f"{stem}.g_idx" in tensors:
             parts["g_idx"] = tensors[f"{stem}.g_idx"]
             _check_order(parts["g_idx"], columns, group or columns)
-        found[key] = GptqInt4(
-            key, codes.path, "INT4", (rows, columns), 0, codes.nbytes, parts, group, not symmetric, zero_offset
-        )
-        used |= {part.key for part in parts.values()}
-    return found | without(tensors, used, found, _PARTS)
+        facts = (f"{stem}.weight", codes.path, "INT4", (rows, columns), 0, codes.nbytes)
+        return GptqInt4(*facts, parts, group, not symmetric, zero_offset)
+
+    return fold_each(tensors, _CODES, entry, _PARTS)
 
 
 def fold_awq(tensors: dict[str, TensorEntry], group: int | None) -> dict[str, TensorEntry]:
@@ -128,21 +143,20 @@ def fold_awq(tensors: dict[str, TensorEntry], group: int | None) -> dict[str, Te
     Raises:
         CheckpointError: A tensor of a weight is missing, or of the wrong dtype or shape.
     """
-    found: dict[str, TensorEntry] = {}
-    used: set[str] = set()
-    for name, codes in tensors.items():
-        stem, _, last = name.rpartition(".")
-        if last != "qweight":
-            continue
-        if len(codes.shape) != 2:
-            raise CheckpointError(f"{codes.path}: tensor {name} has shape {list(codes.shape)}, expected a matrix")
+
+    def entry(stem: str, codes: TensorEntry) -> AwqInt4:
+        _require_matrix(codes)
         columns, rows = codes.shape[0], codes.shape[1] * 8
         parts = _parts(tensors, stem, codes, (rows, columns), group)
         require(codes, (columns, rows // 8), ("I32",), "packed codes of AWQ")
-        key = f"{stem}.weight"
-        found[key] = AwqInt4(key, codes.path, "INT4", (rows, columns), 0, codes.nbytes, parts, group, True)
-        used |= {part.key for part in parts.values()}
-    return found | without(tensors, used, found, _PARTS)
+        return AwqInt4(f"{stem}.weight", codes.path, "INT4", (rows, columns), 0, codes.nbytes, parts, group, True)
+
+    return fold_each(tensors, _CODES, entry, _PARTS)
+
+
+def _require_matrix(codes: TensorEntry) -> None:
+    if len(codes.shape) != 2:
+        raise CheckpointError(f"{codes.path}: tensor {codes.key} has shape {list(codes.shape)}, expected a matrix")
 
 
 def _parts(

@@ -12,18 +12,18 @@ https://github.com/vllm-project/compressed-tensors, compressors/quantized_compre
 from __future__ import annotations
 
 import abc
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kt_sft.engine.store import LayerStore
 from kt_sft.loading.checkpoint import TensorEntry
 from kt_sft.loading.errors import CheckpointError
-from kt_sft.loading.mapping import MatrixRead
 from kt_sft.loading.sources.entries import (
     STORED_DTYPES,
+    CodesInFile,
     QuantisedEntry,
     Rows,
     companion,
@@ -78,17 +78,6 @@ class Int4Entry(QuantisedEntry):
     def zeros(self) -> Tensor | None:
         """[rows, groups] uint8; None where all of them are 8."""
 
-    def put(self, store: LayerStore, read: MatrixRead, rows: Rows) -> None:
-        """Hands over codes that were turned into rows."""
-        part, zeros = rows.slice(), self.zeros()
-        store.write_codes(
-            read.matrix,
-            read.expert,
-            self.codes()[part].contiguous(),
-            self.scales()[part],
-            None if zeros is None else zeros[part],
-        )
-
     def dequantised(self, rows: Rows) -> Tensor:
         """(code - zero) x scale of some rows."""
         part, zeros, columns = rows.slice(), self.zeros(), self.shape[1]
@@ -116,19 +105,13 @@ class CompressedInt4(Int4Entry):
         packed_zeros = read_matrix(self.parts["zeros"]).T.contiguous().view(torch.uint8)
         return unpacked(packed_zeros)[:, : self.shape[0]].T.contiguous()
 
-    def put(self, store: LayerStore, read: MatrixRead, rows: Rows) -> None:
-        """Reads the codes into their place."""
+    def in_file(self, rows: Rows) -> CodesInFile:
+        """Rows as they lie, eight columns to a word."""
         part, zeros, codes = rows.slice(), self.zeros(), self.parts["codes"]
         row_bytes = codes.shape[1] * 4
-        store.read_codes(
-            read.matrix,
-            read.expert,
-            path=codes.path,
-            offset=codes.offset + rows.start * row_bytes,
-            row_stride=rows.step * row_bytes,
-            scales=self.scales()[part],
-            zero_points=None if zeros is None else zeros[part],
-        )
+        offset = codes.offset + rows.start * row_bytes
+        zero_points = None if zeros is None else zeros[part]
+        return CodesInFile(codes.path, offset, rows.step * row_bytes, self.scales()[part], zero_points)
 
 
 def fold(tensors: dict[str, TensorEntry], group: int | None, symmetric: bool) -> dict[str, TensorEntry]:
@@ -143,12 +126,8 @@ def fold(tensors: dict[str, TensorEntry], group: int | None, symmetric: bool) ->
         CheckpointError: A tensor of a weight is missing, or of the wrong dtype or shape; columns are grouped by the
             order of activations.
     """
-    found: dict[str, TensorEntry] = {}
-    used: set[str] = set()
-    for name, codes in tensors.items():
-        stem, _, last = name.rpartition(".")
-        if last != "weight_packed":
-            continue
+
+    def entry(stem: str, codes: TensorEntry) -> CompressedInt4:
         key = f"{stem}.weight"
         if f"{key}_g_idx" in tensors:
             raise CheckpointError(
@@ -161,29 +140,44 @@ def fold(tensors: dict[str, TensorEntry], group: int | None, symmetric: bool) ->
         rows, columns = (int(size) for size in read_matrix(parts["shape"]))
         require(codes, (rows, -(-columns // 8)), ("I32",), f"packed codes of a matrix of {rows} x {columns}")
         groups = 1 if group is None else -(-columns // group)
-        require(parts["scales"], (rows, groups), SCALES, f"scales of {name}")
+        require(parts["scales"], (rows, groups), SCALES, f"scales of {codes.key}")
         if not symmetric:
             parts["zeros"] = companion(tensors, key, (f"{key}_zero_point",), "zero points", codes)
-            require(parts["zeros"], (-(-rows // 8), groups), ("I32",), f"zero points of {name}")
-        found[key] = CompressedInt4(
-            key, codes.path, "INT4", (rows, columns), 0, codes.nbytes, parts, group, not symmetric
-        )
-        used |= {part.key for part in parts.values()}
-    return found | without(tensors, used, found, ("weight_scale", "weight_shape", "weight_zero_point"))
+            require(parts["zeros"], (-(-rows // 8), groups), ("I32",), f"zero points of {codes.key}")
+        return CompressedInt4(key, codes.path, "INT4", (rows, columns), 0, codes.nbytes, parts, group, not symmetric)
+
+    return fold_each(tensors, "weight_packed", entry, ("weight_scale", "weight_shape", "weight_zero_point"))
 
 
-def without(
-    tensors: dict[str, TensorEntry], used: set[str], found: dict[str, TensorEntry], parts: tuple[str, ...]
+def fold_each(
+    tensors: dict[str, TensorEntry],
+    codes: str,
+    entry: Callable[[str, TensorEntry], Int4Entry],
+    others: tuple[str, ...],
 ) -> dict[str, TensorEntry]:
-    """The tensors that are no part of a quantised weight.
+    """Puts an entry in the place of each weight's stored tensors; what is not quantised stays as it is.
+
+    Args:
+        tensors: By key.
+        codes: The last part of the keys of codes.
+        entry: Makes one of what stands before that, and the codes.
+        others: The last parts of the keys of what belongs to codes.
 
     Raises:
-        CheckpointError: One is there plain as well, or a part is without its codes.
+        CheckpointError: A weight is there plain as well, or a part of one is without its codes; and as `entry`.
     """
-    rest = {key: entry for key, entry in tensors.items() if key not in used}
-    for key, entry in rest.items():
+    found: dict[str, TensorEntry] = {}
+    used: set[str] = set()
+    for name, tensor in tensors.items():
+        stem, _, last = name.rpartition(".")
+        if last == codes:
+            folded = entry(stem, tensor)
+            found[folded.key] = folded
+            used |= {part.key for part in folded.parts.values()}
+    rest = {key: tensor for key, tensor in tensors.items() if key not in used}
+    for key, tensor in rest.items():
         if key in found:
-            raise CheckpointError(f"{entry.path}: tensor {key} is there twice, plain and quantised")
-        if key.rpartition(".")[2] in parts:
-            raise CheckpointError(f"{entry.path}: tensor {key} has no codes beside it")
-    return rest
+            raise CheckpointError(f"{tensor.path}: tensor {key} is there twice, plain and quantised")
+        if key.rpartition(".")[2] in others:
+            raise CheckpointError(f"{tensor.path}: tensor {key} has no codes beside it")
+    return found | rest

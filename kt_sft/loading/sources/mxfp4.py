@@ -14,11 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kt_sft.engine.store import LayerStore
 from kt_sft.loading.checkpoint import TensorEntry
 from kt_sft.loading.errors import CheckpointError
-from kt_sft.loading.mapping import MatrixRead
-from kt_sft.loading.sources.entries import QuantisedEntry, Rows, companion, read_span, require, unpacked
+from kt_sft.loading.sources.entries import CodesInFile, QuantisedEntry, Rows, companion, read_span, require, unpacked
 
 GROUP = 32
 _BLOCKS, _SCALES = "_blocks", "_scales"
@@ -44,17 +42,12 @@ class Mxfp4Entry(QuantisedEntry):
         """Its format in words."""
         return "MXFP4"
 
-    def put(self, store: LayerStore, read: MatrixRead, rows: Rows) -> None:
-        """Reads the codes into their place."""
-        row_bytes = self.shape[-1] // 2
-        store.read_codes(
-            read.matrix,
-            read.expert,
-            path=self.parts["codes"].path,
-            offset=self.parts["codes"].offset + (rows.matrix * self.shape[-2] + rows.start) * row_bytes,
-            row_stride=rows.step * row_bytes,
-            scales=self._rows("scales", rows, self.shape[-1] // GROUP),
-        )
+    def in_file(self, rows: Rows) -> CodesInFile:
+        """Rows as they lie: gate's and up's are two apart."""
+        codes, row_bytes = self.parts["codes"], self.shape[-1] // 2
+        offset = codes.offset + (rows.matrix * self.shape[-2] + rows.start) * row_bytes
+        scales = self._rows("scales", rows, self.shape[-1] // GROUP)
+        return CodesInFile(codes.path, offset, rows.step * row_bytes, scales)
 
     def dequantised(self, rows: Rows) -> Tensor:
         """Code x scale of some rows."""
