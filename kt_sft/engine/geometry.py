@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import torch
 
-#: Of formats with scales: their dtype, where a checkpoint's own are not kept.
-SCALE_DTYPES = {
-    "int8": torch.float32,
-    "int4": torch.bfloat16,
-    "nf4": torch.bfloat16,
-    "fp8": torch.float32,
-    "mxfp4": torch.uint8,
+#: Of formats with scales: their dtype, where a checkpoint's own are not kept, the default group of columns, and the
+#: rows of a group that is no whole row.
+OWN_SCALES = {
+    "int8": (torch.float32, 0, 1),
+    "int4": (torch.bfloat16, 32, 1),
+    "nf4": (torch.bfloat16, 64, 1),
+    "fp8": (torch.float32, 128, 128),
+    "mxfp4": (torch.uint8, 32, 1),
 }
-
-#: The default group of columns, and the rows of a group that is no whole row.
-_GROUPS = {"int8": (0, 1), "int4": (32, 1), "nf4": (64, 1), "fp8": (128, 128), "mxfp4": (32, 1)}
 
 _BITS = {"bf16": 16, "int8": 8, "fp8": 8, "int4": 4, "nf4": 4, "mxfp4": 4}
 
@@ -32,7 +30,7 @@ def scales_shape(expert_format: str, group_size: int | None, shape: tuple[int, i
         group_size: Columns that share a scale; None: the format's own default, 0: whole rows.
         shape: (rows, columns) of the matrix.
     """
-    default, group_rows = _GROUPS[expert_format]
+    _, default, group_rows = OWN_SCALES[expert_format]
     group = default if group_size is None else group_size
     rows, columns = shape
     return (rows, 1) if group == 0 else (-(-rows // group_rows), -(-columns // group))

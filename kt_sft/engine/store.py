@@ -13,7 +13,7 @@ from torch import Tensor
 from kt_sft.engine import _native  # type: ignore[attr-defined]
 from kt_sft.engine.biases import bias_values, checked_bias
 from kt_sft.engine.cpus import engine_nodes, job_nodes
-from kt_sft.engine.geometry import SCALE_DTYPES, row_bytes, scales_shape
+from kt_sft.engine.geometry import OWN_SCALES, row_bytes, scales_shape
 from kt_sft.engine.readahead import Neighbours
 
 #: `MappedFile(path)` maps a whole file. Raises RuntimeError, naming it, where that cannot be.
@@ -239,7 +239,7 @@ class LayerStore:
             ValueError: The rows do not lie in the file one after the other, or not at even bytes; or as in
                 `write_codes`, but for codes, which are not looked at.
         """
-        if scales is not None or self.expert_format in SCALE_DTYPES:
+        if scales is not None or self.expert_format in OWN_SCALES:
             scales, zero_points = self._checked_scales(matrix, scales, zero_points)
         scales_at, zeros_at = (0 if part is None else part.data_ptr() for part in (scales, zero_points))
         self.native.map(matrix, expert, file, offset, row_stride, scales_at, zeros_at)
@@ -315,11 +315,11 @@ class LayerStore:
     def _checked_scales(
         self, matrix: str, scales: Tensor | None, zero_points: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        if scales is None or self.expert_format not in SCALE_DTYPES or (zero_points is not None) != self.zero_point:
+        if scales is None or self.expert_format not in OWN_SCALES or (zero_points is not None) != self.zero_point:
             raise ValueError(f"kt_sft: these are not the scales and zero points of {self.expert_format} experts")
         shape = scales_shape(self.expert_format, self.group_size, self.shape(matrix))
         for name, tensor, kind in (
-            ("scales", scales, self.scale_dtype or SCALE_DTYPES[self.expert_format]),
+            ("scales", scales, self.scale_dtype or OWN_SCALES[self.expert_format][0]),
             ("zero points", zero_points, torch.uint8),
         ):
             if tensor is not None and (tuple(tensor.shape) != shape or tensor.dtype != kind):

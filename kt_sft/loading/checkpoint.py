@@ -7,10 +7,11 @@ Format: https://huggingface.co/docs/safetensors/index#format (8 bytes little-end
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import os
+import reprlib
+import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +21,11 @@ import torch
 
 from kt_sft.loading.errors import CheckpointError
 
-#: The limit of the safetensors library itself.
+#: The limit of the safetensors library itself; that of an index, too.
 MAX_HEADER_BYTES = 100_000_000
+#: Of a tensor and of its sizes: more than any has, and few enough that their product is no work.
+_MOST_DIMENSIONS, _MOST = 64, 1 << 62
+_LONGEST_NAME = 4096
 
 _BITS = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
@@ -105,7 +109,7 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, TensorEntry]:
     """
     path = os.fspath(path)
     try:
-        size = os.path.getsize(path)
+        size = _size(path)
         with open(path, "rb") as file:
             prefix = file.read(8)
             length = int.from_bytes(prefix, "little")
@@ -117,25 +121,54 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, TensorEntry]:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
     entries = _parse(path, raw, data_start=8 + length, data_size=size - 8 - length)
-    _check_overlaps(path, entries)
+    _check_cover(path, entries, 8 + length, size)
     return {entry.key: entry for entry in entries}
 
 
-def _parse(path: str, raw: bytes, *, data_start: int, data_size: int) -> list[TensorEntry]:
+def _size(path: str) -> int:
+    """Of a file: one that is none, like a pipe, might never end."""
+    facts = os.stat(path)
+    if not stat.S_ISREG(facts.st_mode):
+        raise CheckpointError(f"{path}: is no file")
+    return facts.st_size
+
+
+def _json_object(path: str, raw: bytes, what: str) -> dict[str, Any]:
+    """A JSON object with keys that are text, none of them twice.
+
+    Raises:
+        CheckpointError: It is none; `what` says what it should be.
+    """
+
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for key, value in pairs:
+            if len(key) > _LONGEST_NAME:
+                raise CheckpointError(f"{path}: the {what} has a name of {len(key)} characters")
             if key in found:
-                raise CheckpointError(f"{path}: the header names {key} twice")
+                raise CheckpointError(f"{path}: the {what} names {key} twice")
+            for text in (key, value):
+                # Half a surrogate pair is a character of JSON, but none of any text that could be shown.
+                _ = isinstance(text, str) and text.encode()
             found[key] = value
         return found
 
     try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: the header is no JSON ({error})") from error
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{path}: the header is no JSON object")
+        value = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
+    except CheckpointError:
+        raise
+    except (ValueError, RecursionError) as error:  # also of text, and of numbers too long to be read
+        raise CheckpointError(f"{path}: the {what} is no JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: the {what} is no JSON object")
+    return value
+
+
+def _parse(path: str, raw: bytes, *, data_start: int, data_size: int) -> list[TensorEntry]:
+    header = _json_object(path, raw, "header")
+    metadata = header.get("__metadata__") or {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CheckpointError(f"{path}: the header's __metadata__ is not made of texts")
     return [
         _entry(path, key, value, data_start=data_start, data_size=data_size)
         for key, value in header.items()
@@ -144,7 +177,11 @@ def _parse(path: str, raw: bytes, *, data_start: int, data_size: int) -> list[Te
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _MOST
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and len(value) <= _LONGEST_NAME
 
 
 def _entry(path: str, key: str, value: Any, *, data_start: int, data_size: int) -> TensorEntry:
@@ -152,10 +189,10 @@ def _entry(path: str, key: str, value: Any, *, data_start: int, data_size: int) 
     if not isinstance(value, Mapping) or not {"dtype", "shape", "data_offsets"} <= value.keys():
         raise CheckpointError(f"{where} has an incomplete header entry")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-    if not isinstance(shape, list) or not all(_is_count(n) for n in shape):
-        raise CheckpointError(f"{where} has the impossible shape {shape!r}")
+    if not isinstance(shape, list) or len(shape) > _MOST_DIMENSIONS or not all(_is_count(n) for n in shape):
+        raise CheckpointError(f"{where} has the impossible shape {_shortened(shape)}")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_count(n) for n in offsets):
-        raise CheckpointError(f"{where} has the impossible offsets {offsets!r}")
+        raise CheckpointError(f"{where} has the impossible offsets {_shortened(offsets)}")
     begin, end = offsets
     if begin > end:
         raise CheckpointError(f"{where} ends ({end}) before it begins ({begin})")
@@ -163,33 +200,72 @@ def _entry(path: str, key: str, value: Any, *, data_start: int, data_size: int) 
         raise CheckpointError(
             f"{where} reaches to byte {end} of the data, the file holds {data_size}: truncated or damaged"
         )
-    if dtype not in _BITS:
-        raise CheckpointError(f"{where} has the unknown dtype {dtype!r}")
+    if not isinstance(dtype, str) or dtype not in _BITS:
+        raise CheckpointError(f"{where} has the unknown dtype {_shortened(dtype)}")
     bits = math.prod(shape) * _BITS[dtype]
     if bits % 8 or bits // 8 != end - begin:
         raise CheckpointError(f"{where} of dtype {dtype} and shape {shape} cannot take {end - begin} bytes")
     return TensorEntry(key, path, dtype, tuple(shape), data_start + begin, end - begin)
 
 
-def _check_overlaps(path: str, entries: list[TensorEntry]) -> None:
-    filled = sorted((entry for entry in entries if entry.nbytes), key=lambda entry: entry.offset)
-    for first, second in itertools.pairwise(filled):
-        if first.offset + first.nbytes > second.offset:
-            raise CheckpointError(f"{path}: tensors {first.key} and {second.key} overlap")
+def _shortened(value: Any) -> str:
+    return reprlib.repr(value)
+
+
+def _check_cover(path: str, entries: list[TensorEntry], start: int, end: int) -> None:
+    """Every byte of the data belongs to one tensor, as the format has it: what is left over was meant for something."""
+    before: TensorEntry | None = None
+    for entry in sorted(entries, key=lambda entry: (entry.offset, entry.nbytes)):
+        if before is not None and entry.offset < start:
+            raise CheckpointError(f"{path}: tensors {before.key} and {entry.key} overlap")
+        if entry.offset > start:
+            raise CheckpointError(f"{path}: {entry.offset - start} bytes before tensor {entry.key} belong to no tensor")
+        before, start = entry, entry.offset + entry.nbytes
+    if start != end:
+        raise CheckpointError(f"{path}: the last {end - start} bytes belong to no tensor: damaged, or another header's")
+
+
+def identity_of(files: Iterable[str]) -> tuple[tuple[str, int, int], ...]:
+    """What `Checkpoint.identity` says of these files, which are not read."""
+    stats = [(os.path.realpath(file), os.stat(file)) for file in files]
+    return tuple((file, facts.st_size, facts.st_mtime_ns) for file, facts in sorted(stats, key=lambda pair: pair[0]))
+
+
+def _check_place(file: str, folder: str) -> None:
+    """Refuses a file that is not in `folder`, or is a link that leads out of it: another model's, or anything.
+
+    The hub's cache is the exception: `snapshots/<revision>` holds links to `blobs` of the same repository.
+    """
+    real, home = Path(os.path.realpath(file)), Path(os.path.realpath(folder))
+    if real.is_relative_to(home):
+        return
+    snapshots = next((parent for parent in home.parents if parent.name == "snapshots"), None)
+    if snapshots is not None and real.is_relative_to(snapshots.parent / "blobs"):
+        return
+    raise CheckpointError(
+        f"{file}: is at {real}, outside the model's folder {home}; put the file itself there, or load the model from "
+        "the folder that the files are in"
+    )
 
 
 class Checkpoint:
     """All tensors of a checkpoint, from one safetensors file or the shards of an index."""
 
-    def __init__(self, files: Iterable[str | os.PathLike[str]]):
+    def __init__(self, files: Iterable[str | os.PathLike[str]], folder: str | os.PathLike[str] | None = None):
         """Reads the headers of `files` and checks them against the index beside them, if there is one.
 
+        Args:
+            files: The checkpoint's.
+            folder: Where all of them must be; None: where each says that it is.
+
         Raises:
-            CheckpointError: A file is missing, damaged, or no safetensors; a tensor appears twice; the index and the
-                files disagree.
+            CheckpointError: A file is missing, damaged, no safetensors or, by its name or as a symbolic link, in
+                another place; a tensor appears twice; the index and the files disagree.
         """
         self.files = tuple(os.fspath(file) for file in files)
         self.tensors: dict[str, TensorEntry] = {}
+        for file in self.files:
+            _check_place(file, os.path.dirname(file) if folder is None else os.fspath(folder))
         for file in self.files:
             self._add(file)
         for index in self._indexes():
@@ -197,8 +273,7 @@ class Checkpoint:
 
     def identity(self) -> tuple[tuple[str, int, int], ...]:
         """What tells this checkpoint's content from another's: (file, bytes, modification time) of each file."""
-        stats = [(os.path.realpath(file), os.stat(file)) for file in self.files]
-        return tuple((file, stat.st_size, stat.st_mtime_ns) for file, stat in sorted(stats, key=lambda pair: pair[0]))
+        return identity_of(self.files)
 
     def _add(self, file: str) -> None:
         if not file.endswith(".safetensors"):
@@ -217,11 +292,15 @@ class Checkpoint:
 
     def _check_index(self, index: Path) -> None:
         try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            named = set(weight_map.values())
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{index}: no readable index of tensors ({error!r})") from error
-        if named.isdisjoint(os.path.basename(file) for file in self.files):
+            if _size(os.fspath(index)) > MAX_HEADER_BYTES:
+                raise CheckpointError(f"{index}: is too large for an index of tensors")
+            raw = index.read_bytes()
+        except OSError as error:
+            raise CheckpointError(f"{index}: no readable index of tensors ({error.strerror})") from error
+        weight_map = _json_object(os.fspath(index), raw, "index of tensors").get("weight_map")
+        if not isinstance(weight_map, dict) or not all(_is_name(name) for name in weight_map.values()):
+            raise CheckpointError(f"{index}: no readable index of tensors (weight_map does not name files)")
+        if {*weight_map.values()}.isdisjoint(os.path.basename(file) for file in self.files):
             return  # the index of another checkpoint in the same folder
         for key, name in weight_map.items():
             entry = self.tensors.get(key)

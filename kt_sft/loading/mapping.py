@@ -166,16 +166,27 @@ def _collect(
 
 
 def _check_blocks(model: nn.Module, layouts: Mapping[str, ExpertLayout], fed: set[str]) -> None:
-    """Refuses a checkpoint without a router: transformers would warn, and go on with a random one."""
+    """Refuses a checkpoint without a router or another weight: transformers would warn, and go on with a random one.
+
+    A head that is new to the model, as a classifier on a language model's checkpoint, may be missing.
+    """
     elsewhere = [*(getattr(model, "all_tied_weights_keys", None) or {})]
     optional = getattr(model, "_keys_to_ignore_on_load_missing", None) or []
+
+    def lost(key: str) -> bool:
+        found = key in fed or key in elsewhere or _inside(key, layouts)
+        return not found and not any(re.search(pattern, key) for pattern in optional)
+
     for name in layouts:
         block = block_of(name)
         for key in model.get_submodule(block).state_dict(prefix=f"{block}." if block else ""):
-            if key in fed or key in elsewhere or _inside(key, layouts):
-                continue
-            if not any(re.search(pattern, key) for pattern in optional):
+            if lost(key):
                 raise CheckpointError(f"the checkpoint has no tensor for {key}, of the block around {name}")
+    own = type(model).__name__ in (getattr(model.config, "architectures", None) or [])
+    prefix = "" if own else f"{getattr(model, 'base_model_prefix', '')}."
+    for key, _ in model.named_parameters():
+        if key.startswith(prefix) and lost(key):
+            raise CheckpointError(f"the checkpoint has no tensor for {key}, and is no whole model without it")
 
 
 def _targets(target: str, converter: WeightConverter | None) -> list[str]:

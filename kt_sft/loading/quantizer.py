@@ -115,7 +115,8 @@ class KTQuantizer(HfQuantizer):
             return model
         if not checkpoint_files:
             raise ConfigError("kt_sft: experts are loaded from safetensors files; a state_dict cannot be given instead")
-        checkpoint = Checkpoint(checkpoint_files)
+        path = model.config.name_or_path
+        checkpoint = Checkpoint(checkpoint_files, path if path and os.path.isdir(path) else None)
         if self._source is not None:
             checkpoint.tensors = fold_tensors(checkpoint.tensors, self._source)
         key_mapping = getattr(self._config, "key_mapping", None)

@@ -21,7 +21,7 @@ from torch import nn
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from kt_sft.config import local_rank_and_size
-from kt_sft.loading.checkpoint import Checkpoint, TensorEntry
+from kt_sft.loading.checkpoint import TensorEntry, identity_of
 from kt_sft.loading.errors import CheckpointError
 from kt_sft.loading.mapping import ModulePlan
 from kt_sft.loading.sources.dense import DenseWeight
@@ -149,8 +149,8 @@ def _by_file(entries: Iterable[TensorEntry]) -> dict[str, list[str]]:
 def _check_unchanged(source: tuple[tuple[str, int, int], ...]) -> None:
     files = [file for file, _, _ in source]
     try:
-        unchanged = Checkpoint(files).identity() == source
-    except (OSError, CheckpointError) as error:
+        unchanged = identity_of(files) == source
+    except OSError as error:
         raise CheckpointError(
             f"the experts are saved from the checkpoint they came from, which is gone: {error}"
         ) from error

@@ -161,7 +161,7 @@ def _no_map(folder: Path) -> None:
         (_duplicate, "tensor a appears twice"),
         (_wrong_index, "says that model-2.safetensors holds tensor a, which it does not"),
         (_absent_tensor, "says that model-2.safetensors holds tensor c, which it does not"),
-        (_no_index, "no readable index of tensors"),
+        (_no_index, "the index of tensors is no JSON"),
         (_no_map, "no readable index of tensors"),
     ],
 )
