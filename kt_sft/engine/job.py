@@ -32,9 +32,11 @@ _MOST_DESCRIPTORS = 64
 _MOST_BYTES = 1 << 16
 _GREETING = "kt_sft"
 
-# Of this process, for a forked child to close: a socket that a child keeps open looks alive when its owner is dead.
-_sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
-_agreements: dict[str, tuple[Offer, Any]] = {}
+# Of this process, for a forked child to close: a socket that a child keeps open looks alive when its owner is dead, and
+# memory that it keeps open stays when its owner has let go of it.
+_inherited: weakref.WeakSet[socket.socket | _Files] = weakref.WeakSet()
+_offers: weakref.WeakSet[Offer] = weakref.WeakSet()
+_agreements: dict[str, tuple[Offer | None, Any]] = {}
 _lock = threading.Lock()
 
 
@@ -42,15 +44,33 @@ class LostPeerError(RuntimeError):
     """The process that makes what this one waits for has ended."""
 
 
+class _Files:
+    """Duplicates of open files; they are closed when nobody has this any more."""
+
+    def __init__(self, descriptors: Sequence[int]) -> None:
+        self.descriptors: list[int] = []
+        self.close = weakref.finalize(self, _close, self.descriptors)
+        self.close.atexit = False
+        _inherited.add(self)
+        for descriptor in descriptors:
+            self.descriptors.append(os.dup(descriptor))
+
+
+def _close(descriptors: list[int]) -> None:
+    while descriptors:
+        os.close(descriptors.pop())
+
+
 class Offer:
     """What this process makes for the others: messages, which each of them gets all of, in order, whenever it asks."""
 
     def __init__(self, listener: socket.socket) -> None:
         self._listener = listener
-        self._messages: list[tuple[bytes, list[int]]] = []
+        self._messages: list[tuple[bytes, _Files]] = []
         self._sent: dict[socket.socket, int] = {}  # to each of the others
         self._changed = threading.Condition()
         self._closed = False
+        _offers.add(self)
         self.send(_GREETING)
         threading.Thread(target=self._accept, name="kt_sft-offer", daemon=True).start()
 
@@ -66,7 +86,7 @@ class Offer:
         assert len(descriptors) <= _MOST_DESCRIPTORS
         with self._changed:
             if not self._closed:
-                self._messages.append((data, [os.dup(descriptor) for descriptor in descriptors]))
+                self._messages.append((data, _Files(descriptors)))
             self._changed.notify_all()
 
     def flush(self, seconds: float) -> None:
@@ -86,9 +106,13 @@ class Offer:
             with contextlib.suppress(OSError):
                 self._listener.shutdown(socket.SHUT_RDWR)  # wakes accept, which closing would not
             self._listener.close()
-            for descriptor in [descriptor for _, descriptors in self._messages for descriptor in descriptors]:
-                os.close(descriptor)
             self._messages.clear()
+
+    def forget(self) -> None:
+        """In a forked child, where it is nobody's; the lock may be held by a thread that did not come along."""
+        self._changed = threading.Condition()
+        self._closed = True
+        self._messages, self._sent = [], {}
 
     def _accept(self) -> None:
         while True:
@@ -99,20 +123,14 @@ class Offer:
                     return
                 time.sleep(_RETRY)
                 continue
-            _sockets.add(peer)
+            _inherited.add(peer)
             with self._changed:
                 self._sent[peer] = 0
             threading.Thread(target=self._serve, args=(peer,), name="kt_sft-offer", daemon=True).start()
 
     def _serve(self, peer: socket.socket) -> None:
         with peer, contextlib.suppress(OSError):  # it may go at any time
-            while _owner(peer) == os.geteuid() and (message := self._next(peer)) is not None:
-                data, descriptors = message
-                try:
-                    socket.send_fds(peer, [data], descriptors)
-                finally:
-                    for descriptor in descriptors:
-                        os.close(descriptor)
+            while _owner(peer) == os.geteuid() and self._send_next(peer):
                 with self._changed:
                     self._sent[peer] += 1
                     self._changed.notify_all()
@@ -120,14 +138,15 @@ class Offer:
             del self._sent[peer]
             self._changed.notify_all()
 
-    def _next(self, peer: socket.socket) -> tuple[bytes, list[int]] | None:
-        """The message that `peer` has not got yet, once there is one; None when all is withdrawn."""
+    def _send_next(self, peer: socket.socket) -> bool:
+        """Sends the message that `peer` has not got yet, once there is one; False when all is withdrawn."""
         with self._changed:
             self._changed.wait_for(lambda: self._closed or len(self._messages) > self._sent[peer])
             if self._closed:
-                return None
-            data, descriptors = self._messages[self._sent[peer]]
-            return data, [os.dup(descriptor) for descriptor in descriptors]  # they are open under the lock only
+                return False
+            data, files = self._messages[self._sent[peer]]
+        socket.send_fds(peer, [data], files.descriptors)  # outside of the lock, as it may take its time
+        return True
 
 
 class Following:
@@ -209,16 +228,18 @@ def agree(subject: str, decide: Callable[[], Any]) -> Any:
                 _agreements[subject] = (joined, decision)
                 return decision
             try:
-                return joined.receive()[0]
+                decision = joined.receive()[0]
             except LostPeerError:
                 continue  # without having decided
             finally:
                 joined.close()
+            _agreements[subject] = (None, decision)  # the other may have ended when this is asked for again
+            return decision
 
 
 def _socket() -> socket.socket:
     made = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    _sockets.add(made)
+    _inherited.add(made)
     return made
 
 
@@ -264,9 +285,11 @@ def _forget() -> None:
     global _lock
     _lock = threading.Lock()
     _agreements.clear()
-    for open_socket in [*_sockets]:
-        open_socket.close()
-    _sockets.clear()
+    for offer in [*_offers]:
+        offer.forget()
+    for held in [*_inherited]:
+        held.close()
+    _inherited.clear()
 
 
 os.register_at_fork(after_in_child=_forget)

@@ -47,6 +47,7 @@ from kt_sft.integrations.adapter_layouts import (
 )
 from kt_sft.integrations.base_facts import BaseFacts, base_facts
 from kt_sft.loading.checkpoint import read_header
+from kt_sft.loading.durable import publish
 from kt_sft.loading.errors import CheckpointError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -377,7 +378,7 @@ def _appearing(target: Path) -> Iterator[Path]:
     try:
         partial.mkdir(parents=True)
         yield partial
-        os.rename(partial, target)
+        publish(partial, target)
     except OSError as error:
         raise AdapterFileError(f"{target} cannot be written ({error.strerror or error})") from error
     finally:

@@ -1,13 +1,12 @@
 """An adapter that is saved over an earlier one takes its place when it has been written, or not at all.
 
-PEFT writes in place: a full disk would leave neither the new adapter nor the one that was there.
+PEFT writes in place: a full disk, or a power loss, would leave neither the new adapter nor the one that was there.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import os
 import secrets
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from kt_sft.loading.durable import publish
 from kt_sft.loading.errors import CheckpointError
 
 
@@ -25,11 +25,12 @@ def whole_file(path: Path) -> Iterator[Path]:
     Raises:
         CheckpointError: It cannot be written; what was at `path` is as it was.
     """
-    # A name of its own: several processes may save to one path.
+    # A name of its own: several processes may save to one path. Where that is a link, the link is replaced, and what it
+    # points to stays: a cache's or a store's file, which other folders share, and which must keep its contents.
     partial = path.with_name(f"{path.name}.incomplete-{secrets.token_hex(8)}")
     try:
         yield partial
-        os.replace(partial, path)
+        publish(partial, path)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be written ({error}); what was there before is as it was") from error
     finally:

@@ -2,23 +2,28 @@
 
 The Trainer writes a checkpoint in place, trainer_state.json last, and takes the highest number to resume from, complete
 or not. So a folder is complete if its trainer_state.json can be read and every other file is whole. For that to stay
-true where a checkpoint is written over an earlier one, its trainer_state.json goes before anything else is written.
+true where a checkpoint is written over an earlier one, its trainer_state.json goes before anything else is written; and
+for it to be true after a power loss, too, the others are on the disk before that file is written, and that file before
+older checkpoints are removed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import logging
 import os
 import re
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from kt_sft.config import ConfigError, local_rank_and_size
 from kt_sft.loading.checkpoint import read_header
+from kt_sft.loading.durable import write_out, write_out_folder
 from kt_sft.loading.errors import CheckpointError
 
 logger = logging.getLogger("kt_sft")
@@ -53,7 +58,7 @@ def mark_found(parser: ModuleType) -> None:
 
 
 def extend_trainer(module: ModuleType) -> None:
-    """Wraps `Trainer._save_checkpoint`: a folder that is written over counts as incomplete until it is whole again.
+    """Wraps `Trainer._save_checkpoint`: a folder counts as incomplete until it is whole, on the disk.
 
     Args:
         module: `transformers.trainer`.
@@ -65,12 +70,33 @@ def extend_trainer(module: ModuleType) -> None:
     def _save_checkpoint(self: Any, model: Any, trial: Any) -> None:
         from kt_sft.experts import CpuExperts
 
-        if self.args.should_save and any(isinstance(part, CpuExperts) for part in self.model.modules()):
-            folder = Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
-            (folder / _STATE).unlink(missing_ok=True)
-        save(self, model, trial)
+        if not self.args.should_save or not any(isinstance(part, CpuExperts) for part in self.model.modules()):
+            save(self, model, trial)
+            return
+        folder = Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
+        (folder / _STATE).unlink(missing_ok=True)
+        with _written_last(self.state, folder):
+            save(self, model, trial)
 
     trainer_class._save_checkpoint = _save_checkpoint
+
+
+@contextlib.contextmanager
+def _written_last(state: Any, folder: Path) -> Iterator[None]:
+    """While it lasts, `state` is saved when the rest of the checkpoint in `folder` is on the disk."""
+    save = state.save_to_json
+
+    def save_to_json(json_path: str) -> None:
+        write_out_folder(folder)
+        save(json_path)
+        write_out_folder(folder)
+        write_out(folder.parent)
+
+    state.save_to_json = save_to_json  # of this one state, not of its class: no field, and not saved with the others
+    try:
+        yield
+    finally:
+        del state.save_to_json
 
 
 def settle_resumed(training_args: Any) -> str | None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from kt_sft.config import local_rank_and_size
+from kt_sft.loading.durable import write_out, write_out_folder
 from kt_sft.loading.errors import CheckpointError
 
 _LAST = "config.json"
@@ -40,10 +41,12 @@ def staged(target: str | os.PathLike[str]) -> Iterator[Path]:
         try:
             yield partial
         except SafetensorError as error:  # which names no file
-            raise CheckpointError(
-                f"{folder}: the model cannot be written there ({error}); nothing of it was left behind"
-            ) from error
+            raise _unwritten(folder, error) from error
         names = _names_to_move(partial, folder)
+        try:
+            write_out_folder(partial)
+        except OSError as error:
+            raise _unwritten(folder, error) from error
         unfinished.pop_all()  # from here on there may be no other model than the one in `partial`
     try:
         _publish(names, partial, folder)
@@ -52,6 +55,10 @@ def staged(target: str | os.PathLike[str]) -> Iterator[Path]:
         raise CheckpointError(
             f"{folder}: the model is complete, but cannot be moved there from {partial.name} ({error}); move its files"
         ) from error
+
+
+def _unwritten(folder: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"{folder}: the model cannot be written there ({error}); nothing of it was left behind")
 
 
 def _remove(partial: Path, folder: Path, existed: bool) -> None:
@@ -75,7 +82,10 @@ def _publish(names: list[str], partial: Path, folder: Path) -> None:
     for stale in _stale_weights(folder, {*names}):
         stale.unlink()
     for name in names:
+        if name == _LAST:
+            write_out(folder)  # or the others' names might come to the disk after it
         os.replace(partial / name, folder / name)
+    write_out(folder)
 
 
 def _stale_weights(folder: Path, names: set[str]) -> list[Path]:

@@ -36,3 +36,18 @@ def test_what_fails_leaves_what_was_there(tmp_path: Path) -> None:
         save()
     assert path.read_text() == "earlier"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_is_replaced_and_what_it_points_to_stays(there: bool, tmp_path: Path) -> None:
+    """As in the hub's cache: several folders share one file, whose name is that of its contents."""
+    shared, path = tmp_path / "blob", tmp_path / "adapter_model.safetensors"
+    if there:
+        shared.write_text("shared")
+    path.symlink_to(shared)
+    with whole_file(path) as partial:
+        partial.write_text("new")
+    assert path.read_text() == "new"
+    assert not path.is_symlink()
+    assert shared.exists() == there
+    assert not there or shared.read_text() == "shared"

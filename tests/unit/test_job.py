@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import signal
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -129,6 +131,50 @@ def test_a_child_does_not_keep_a_dead_process_alive(start: Start) -> None:
         os.kill(child, signal.SIGKILL)
 
 
+def test_a_child_keeps_no_memory_that_its_parent_offers(start: Start) -> None:
+    """Nor does it wait for what a thread of its parent held as it was forked."""
+
+    def parent(pipe: Connection) -> None:
+        offer = join("it")
+        assert isinstance(offer, Offer)
+        memory = os.memfd_create("offered")
+        offer.send("first", [memory])
+        os.close(memory)
+        held, done = threading.Event(), threading.Event()
+
+        def hold() -> None:
+            with offer._changed:
+                held.set()
+                done.wait()
+
+        holder = threading.Thread(target=hold)
+        holder.start()
+        held.wait()
+        if os.fork() == 0:
+            offer.send("no more", [0])
+            offer.close()
+            pipe.send([name for name in open_files() if "offered" in name])
+            os._exit(0)
+        os.wait()
+        done.set()
+        holder.join()
+        pipe.send(len([name for name in open_files() if "offered" in name]))
+        offer.close()
+        pipe.send([name for name in open_files() if "offered" in name])
+
+    first = start(parent)
+    assert [first.hears(), first.hears(), first.hears()] == [[], 1, []]
+
+
+def open_files() -> list[str]:
+    """What the open descriptors of this process are of."""
+    names = []
+    for descriptor in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # that of the folder itself
+            names.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+    return names
+
+
 @pytest.mark.parametrize(
     "name", ["MASTER_ADDR", "MASTER_PORT", "GROUP_RANK", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT"]
 )
@@ -188,6 +234,16 @@ def test_all_agree_on_what_the_first_decides(start: Start) -> None:
     for rank in (first, second):
         rank.go_on()
         assert rank.hears() == ["a", "a"]
+
+
+def test_what_was_agreed_outlives_the_one_who_decided(start: Start) -> None:
+    first = start(deciding("a"))
+    assert first.hears() == ["a", "a"]
+    second = start(deciding("b"))
+    assert second.hears() == ["a", "a"]
+    first.kill()
+    second.go_on()
+    assert second.hears() == ["a", "a"]
 
 
 def test_who_cannot_decide_leaves_it_to_another(start: Start) -> None:
