@@ -174,6 +174,8 @@ class CpuExperts(nn.Module):
         link = Link(self, terms, self._operands_of(terms), self._dropout_of(terms))
         x_TH, idx_TK, w_TK = self._on_cpu(hidden_states, top_k_index, top_k_weights)
         key = self._key(x_TH, idx_TK, w_TK, link)
+        if wanted and x_TH.data_ptr() != hidden_states.data_ptr() and not will_be_called_again():
+            self._count(x_TH, link)  # a copy, kept for backward
         tensors = self._tensors(x_TH, idx_TK, w_TK, key, retains=bool(wanted))
         submitted = Submit.apply(hidden_states, top_k_weights, tensors, link, *factors)
         if self.beside is not None:
@@ -181,8 +183,16 @@ class CpuExperts(nn.Module):
         output = Await.apply(submitted, tensors, link, hidden_states.device, wanted)
         if key is not None and not tensors.is_computed:
             y_TH = tensors.y_TH.detach()  # it must not keep the graph alive that keeps it
-            remember(self, Result(key, y_TH, y_TH._version, tensors.retained))
+            result = Result(key, y_TH, y_TH._version, tensors.retained)
+            if will_be_called_again():
+                self._count(y_TH, result)
+                remember(self, result)
         return output
+
+    def _count(self, kept: Tensor, owner: object) -> None:
+        """Takes what is kept in host memory off the room for pre-activations."""
+        if self.config.activation_policy == "retain":
+            retention().count(kept.nbytes, limit_of(self.config.retained_mb), owner)
 
     def _dropout_of(self, terms: Sequence[Term]) -> Dropout:
         share = max((term.dropout for term in terms), default=0.0)

@@ -55,13 +55,28 @@ class Retained:
 
 
 class Retention:
-    """All that this process retains, oldest first."""
+    """All that this process retains: pre-activations, oldest first, and what is there beside them."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()  # memory may be released, by its last owner, while this thread is in here
         self._kept: dict[int, tuple[weakref.ref[Retained], int]] = {}
         self._number = self.nbytes = 0
+        self._beside = 0  # of `nbytes`: what cannot be given up
         self._said_spilling = False
+
+    def count(self, nbytes: int, limit: int, owner: object) -> None:
+        """Counts memory that cannot be given up: as much less is left for pre-activations.
+
+        Args:
+            nbytes: The size.
+            limit: Of all together, in bytes.
+            owner: The memory is there as long as this object.
+        """
+        with self._lock:
+            self._beside += nbytes
+            self.nbytes += nbytes
+            weakref.finalize(owner, self._release, nbytes).atexit = False
+        self._make_room(limit)
 
     def take(
         self, nbytes: int, limit: int, allocate: Callable[[], Tensor], idx_TK: Tensor, w_TK: Tensor
@@ -76,9 +91,9 @@ class Retention:
             w_TK: Likewise.
 
         Returns:
-            None if not even these alone fit.
+            None if not even these alone fit beside what cannot be given up.
         """
-        if nbytes > limit:
+        if self._beside + nbytes > limit:
             return None
         self._make_room(limit - nbytes)
         retained = Retained(allocate(), idx_TK, w_TK)
@@ -108,6 +123,11 @@ class Retention:
     def _forget(self, number: int) -> None:
         with self._lock:
             _, nbytes = self._kept.pop(number, (None, 0))
+            self.nbytes -= nbytes
+
+    def _release(self, nbytes: int) -> None:
+        with self._lock:
+            self._beside -= nbytes
             self.nbytes -= nbytes
 
 
@@ -142,10 +162,14 @@ def limit_of(retained_mb: int | None) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class CallKey:
-    """What tells whether a call of a layer is the same as one before, to the bit."""
+    """What tells whether a call of a layer is the same as one before, to the bit.
+
+    Hidden states are known by the sums of their bit patterns, of every token and of every column: what adds up to the
+    same in both has not come about by chance. To keep them would take as much memory again as the output.
+    """
 
     dtype: torch.dtype
-    x_bits: int  # the sum of the hidden states' bit patterns
+    x_sums: tuple[Tensor, Tensor]
     idx_TK: Tensor
     w_TK: Tensor
     settings: tuple[Any, ...]
@@ -153,18 +177,19 @@ class CallKey:
     @classmethod
     def of(cls, x_TH: Tensor, idx_TK: Tensor, w_TK: Tensor, *settings: Any) -> CallKey:
         """Of tensors on the CPU, and whatever else the result depends on, to be compared by `==`."""
-        values = x_TH.flatten()
-        if values.storage_offset() * values.element_size() % 8:
-            values = values.clone()  # to an address where the largest integers may lie
+        if x_TH.storage_offset() * x_TH.element_size() % 8:
+            x_TH = x_TH.clone()  # to an address where the largest integers may lie
         # In the largest pieces, as this reads all hidden states.
         rest = torch.int32 if x_TH.dtype == torch.float32 else torch.int16
-        bits = int(values.view(rest if values.nbytes % 8 else torch.int64).sum(dtype=torch.int64))
-        return cls(x_TH.dtype, bits, idx_TK, w_TK, settings)
+        bits = x_TH.view(rest if x_TH.shape[1] * x_TH.element_size() % 8 else torch.int64)
+        sums = bits.sum(1, dtype=torch.int64), bits.sum(0, dtype=torch.int64)
+        return cls(x_TH.dtype, sums, idx_TK, w_TK, settings)
 
     def matches(self, other: CallKey) -> bool:
         """Whether both are of the same call."""
         return (
-            (self.dtype, self.x_bits) == (other.dtype, other.x_bits)
+            self.dtype == other.dtype
+            and all(torch.equal(mine, theirs) for mine, theirs in zip(self.x_sums, other.x_sums, strict=True))
             and all(
                 mine is theirs or mine == theirs for mine, theirs in zip(self.settings, other.settings, strict=True)
             )
