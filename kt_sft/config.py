@@ -71,6 +71,9 @@ class KTConfig(QuantizationConfigMixin):
             the model's other parameters) or "host", for those that would not fit there.
         overlap_shared_experts: Whether shared experts are computed while the engine computes the routed ones, forward
             and backward. None: where their tokens come from an accelerator; on the CPU both would share its cores.
+        interleave_micro_batches: Whether two micro-batches of a step are computed at a time, so that the accelerator
+            works on one while the engine computes the experts of the other. None: where there is an accelerator. Where
+            it would change more than the order of a sum, as with dropout, it is off, and the log says why.
         metrics: What the Trainer logs of the engine's work: "step" (a step's times, share hidden, load, speed, memory),
             "layers" (that, and times and load of every layer), or "off".
         profile: Where to write a Chrome trace of two steps, the engine's work beside the accelerator's; Perfetto and
@@ -93,6 +96,7 @@ class KTConfig(QuantizationConfigMixin):
     lora_memory: str = "accelerator"
     retained_mb: int | None = None
     overlap_shared_experts: bool | None = None
+    interleave_micro_batches: bool | None = None
     metrics: str = "step"
     profile: str | None = None
     scratch_mb: int = 1024
@@ -109,6 +113,7 @@ class KTConfig(QuantizationConfigMixin):
         self._check_flag("zero_point")
         self._check_flag("lora_experts")
         self._check_flag("overlap_shared_experts")
+        self._check_flag("interleave_micro_batches")
         self._check_count("group_size", least=0)
         self._check_count("num_threads", least=1, most=MOST_THREADS)
         self._check_count("retained_mb", least=0, most=1 << 30)

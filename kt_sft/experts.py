@@ -28,6 +28,7 @@ from kt_sft.engine.retention import (
     will_be_called_again,
 )
 from kt_sft.engine.store import LayerStore, dtype_name
+from kt_sft.engine.turns import hand_over
 
 
 class CpuExperts(nn.Module):
@@ -180,6 +181,8 @@ class CpuExperts(nn.Module):
         submitted = Submit.apply(hidden_states, top_k_weights, tensors, link, *factors)
         if self.beside is not None:
             self.beside(hidden_states)
+        if grads:  # without them a model may be in a state of its own, as DPO's is while it is its own reference
+            hand_over()  # before the node is made: kt_sft/offload/interleave.py
         output = Await.apply(submitted, tensors, link, hidden_states.device, wanted)
         if key is not None and not tensors.is_computed:
             y_TH = tensors.y_TH.detach()  # it must not keep the graph alive that keeps it

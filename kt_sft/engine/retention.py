@@ -21,6 +21,7 @@ from torch import Tensor
 
 from kt_sft.config import local_rank_and_size
 from kt_sft.engine.memory import available_bytes
+from kt_sft.engine.turns import takes_turns
 
 logger = logging.getLogger("kt_sft")
 
@@ -276,6 +277,8 @@ def in_pieces(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
     def checkpointed(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if torch.is_grad_enabled():  # otherwise there will be no second call, as in a pass of DPO's reference
             function = CheckpointedPiece.of(function)
+        if takes_turns():  # a reentrant backward of one piece would wait for the CPU while that of another could run
+            kwargs["use_reentrant"] = False
         return checkpoint(function, *args, **kwargs)
 
     return checkpointed

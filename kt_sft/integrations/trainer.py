@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from kt_sft.integrations import checkpoints, monitoring
+from kt_sft.integrations import checkpoints, interleaving, monitoring
 
 
 def extend_trainer(module: ModuleType) -> None:
-    """Attaches to checkpoints and logs.
+    """Attaches to checkpoints, logs and steps.
 
     Args:
         module: `transformers.trainer`.
     """
     checkpoints.extend_trainer(module)
     monitoring.extend_callbacks(module)
+    interleaving.extend_trainer(module)
