@@ -241,6 +241,11 @@ def reason_against(trainer: Any, model: Any) -> str | None:
         return "torch_compile is set"
     if isinstance(model, DistributedDataParallel) and (model.find_unused_parameters or model.static_graph):
         return "DDP looks for unused parameters after each forward; set ddp_find_unused_parameters: false"
+    trained = [(name, value) for name, value in model.named_parameters(remove_duplicate=False) if value.requires_grad]
+    names = {value: name for name, value in trained}
+    for name, value in trained:
+        if names[value] != name:
+            return f"{name} is trained and also {names[value]}, so its gradient has more than one term of each"
     for name, part in model.named_modules():
         if getattr(part, "gradient_checkpointing", False) and not _is_torch_checkpoint(part):
             return f"the gradient checkpointing of {name} is not torch's; remove use_unsloth_gc"

@@ -1,0 +1,298 @@
+"""transformers' Trainer with interleaved micro-batches beside the same Trainer without."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from recording import record_engine
+from torch import Tensor
+
+import kt_sft
+from kt_sft.integrations import interleaving
+
+Gradients = dict[str, Tensor]
+ON = "two micro-batches at a time"
+
+
+def load(folder: Path, interleave: bool | None, lora: dict[str, Any] | None = None, **settings: Any) -> Any:
+    config = kt_sft.KTConfig(interleave_micro_batches=interleave, **settings)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, num_experts_per_tok=8, quantization_config=config
+    )
+    torch.manual_seed(0)
+    arguments = {"r": 2, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False, "task_type": "CAUSAL_LM"}
+    return peft.get_peft_model(model, peft.LoraConfig(**arguments | (lora or {})))
+
+
+def rows(count: int) -> list[dict[str, list[int]]]:
+    """Of different lengths."""
+    random = torch.Generator().manual_seed(0)
+    return [
+        {"input_ids": torch.randint(3, 200, (5 + number % 4,), generator=random).tolist()} for number in range(count)
+    ]
+
+
+def padded(rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
+    longest = max(len(row["input_ids"]) for row in rows)
+    ids = torch.tensor([row["input_ids"] + [0] * (longest - len(row["input_ids"])) for row in rows])
+    lengths = torch.tensor([len(row["input_ids"]) for row in rows])
+    mask = (torch.arange(longest) < lengths[:, None]).long()
+    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+
+
+class Recorder(transformers.TrainerCallback):
+    """The gradients of each step, and of those so far at each micro-batch before the last."""
+
+    def __init__(self) -> None:
+        self.steps: list[Gradients] = []
+        self.substeps: list[Gradients] = []
+
+    @staticmethod
+    def _gradients(model: Any) -> Gradients:
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    def on_substep_end(self, *_: Any, model: Any = None, **__: Any) -> None:
+        self.substeps.append(self._gradients(model))
+
+    def on_pre_optimizer_step(self, *_: Any, model: Any = None, **__: Any) -> None:
+        self.steps.append(self._gradients(model))
+
+
+def trainer_of(
+    model: Any,
+    out: Path,
+    accumulation: int = 2,
+    steps: int = 3,
+    batch: int = 2,
+    left_out: int = 0,
+    kind: type[transformers.Trainer] = transformers.Trainer,
+    **arguments: Any,
+) -> tuple[transformers.Trainer, Recorder]:
+    recorder = Recorder()
+    settings = transformers.TrainingArguments(
+        output_dir=str(out),
+        max_steps=steps,
+        logging_steps=1,
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=accumulation,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        max_grad_norm=0.0,
+        **arguments,
+    )
+    data: Any = rows(batch * accumulation * steps - left_out)
+    trainer = kind(model, settings, train_dataset=data, data_collator=padded, callbacks=[recorder])
+    return trainer, recorder
+
+
+def losses(trainer: transformers.Trainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def same(one: list[Gradients], other: list[Gradients]) -> bool:
+    return len(one) == len(other) and all(
+        a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+        for a, b in zip(one, other, strict=True)
+    )
+
+
+@pytest.fixture
+def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    happened: list[str] = []
+    record_engine(monkeypatch, happened.append)
+    return happened
+
+
+PLAIN, PAIR = "SA" * 4, "SSASASAA"  # of two layers, forward and backward
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"bf16": True},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}, "bf16": True},
+        {"label_smoothing_factor": 0.1},
+        {"left_out": 1, "batch": 1},  # the last step has one micro-batch of the two
+    ],
+    ids=str,
+)
+def test_two_micro_batches_give_the_same_bits(
+    tiny_moe: Path, tmp_path: Path, arguments: dict[str, Any], events: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    found = []
+    for interleave in (False, True):
+        events.clear()
+        with caplog.at_level(logging.INFO, "kt_sft"):
+            trainer, recorder = trainer_of(load(tiny_moe, interleave), tmp_path, **arguments)
+            trainer.train()
+        found.append((losses(trainer), recorder.steps, "".join(events), trainer.model.state_dict()))
+        assert (ON in caplog.text) == interleave
+    (plain_losses, plain_steps, plain_events, plain_model), (our_losses, our_steps, our_events, our_model) = found
+    assert our_losses == plain_losses
+    assert same(our_steps, plain_steps)
+    assert same([our_model], [plain_model])
+    if "left_out" not in arguments:
+        # The first step is watched: does it draw random numbers?
+        assert (plain_events, our_events) == (PLAIN * 6, PLAIN * 2 + PAIR * 4)
+    assert caplog.text.count(ON) == 1
+
+
+def test_four_are_two_pairs(tiny_moe: Path, tmp_path: Path, events: list[str]) -> None:
+    """(a + b) + (c + d) beside ((a + b) + c) + d: each within 3 u of the sum of magnitudes (Higham 2002, 4.2).
+
+    The magnitudes are known to 3 u from what the plain run had added up after each, so 4 instead of 3 holds them.
+    """
+    found = []
+    for interleave in (False, True):
+        events.clear()
+        trainer, recorder = trainer_of(load(tiny_moe, interleave), tmp_path, accumulation=4, steps=2)
+        trainer.train()
+        found.append((losses(trainer), recorder, "".join(events)))
+    (plain_losses, plain, _), (our_losses, ours, our_events) = found
+    assert our_losses == plain_losses
+    assert our_events == PLAIN * 4 + PAIR * 4
+    assert same(ours.steps[:1], plain.steps[:1])
+    partial = [*plain.substeps[3:], plain.steps[1]]
+    for name, expected in plain.steps[1].items():
+        sums = torch.stack([torch.zeros_like(expected), *(gradients[name] for gradients in partial)])
+        bound = 2 * 4 * 2.0**-24 * sums.diff(dim=0).abs().sum(0)
+        assert ((ours.steps[1][name] - expected).abs() <= bound).all()
+        assert expected.any()
+    # Of a pair the first call does nothing, the second all.
+    assert [gradients.keys() == plain.steps[0].keys() for gradients in ours.substeps[3:]] == [False, True, True]
+    assert same(ours.substeps[4:5], ours.substeps[5:6])
+
+
+class NotANumber(transformers.Trainer):
+    """The loss of every third micro-batch is not a number."""
+
+    count = 0
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        self.count += 1
+        number = self.count
+        loss = super().compute_loss(*args, **kwargs)
+        return loss + float("nan") if number % 3 == 0 else loss  # whose gradients are numbers
+
+
+@pytest.mark.parametrize("filtered", [True, False])
+def test_losses_that_are_no_numbers_are_reported_alike(tiny_moe: Path, tmp_path: Path, filtered: bool) -> None:
+    found = []
+    for interleave in (False, True):
+        model = load(tiny_moe, interleave)
+        trainer, _ = trainer_of(model, tmp_path, steps=4, kind=NotANumber, logging_nan_inf_filter=filtered)
+        trainer.train()
+        found.append(losses(trainer))
+    assert str(found[0]) == str(found[1])
+    assert ("nan" in str(found[0])) != filtered
+
+
+class TestOff:
+    @pytest.mark.parametrize(
+        ("lora", "reason"),
+        [({"lora_dropout": 0.1}, r"\S+lora_dropout\S* draws dropout masks"), ({}, "the model draws random numbers")],
+        ids=["dropout", "noise"],
+    )
+    def test_where_random_numbers_would_differ(
+        self,
+        tiny_moe: Path,
+        tmp_path: Path,
+        lora: dict[str, Any],
+        reason: str,
+        events: list[str],
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        found = []
+        for interleave in (False, True):
+            events.clear()
+            model = load(tiny_moe, interleave, lora)
+            if not lora:  # of a kind that no module's name tells
+                for layer in model.get_base_model().model.layers:
+                    layer.mlp.gate.register_forward_hook(draw)
+            with caplog.at_level(logging.INFO, "kt_sft"):
+                trainer, recorder = trainer_of(model, tmp_path)
+                trainer.train()
+            found.append((losses(trainer), recorder.steps, "".join(events)))
+        assert found[0][0] == found[1][0]
+        assert same(found[0][1], found[1][1])
+        assert found[1][2] == PLAIN * 6
+        said = [record.getMessage() for record in caplog.records if "one after the other" in record.getMessage()]
+        assert len(said) == 1
+        assert re.search(reason, said[0])
+
+    @pytest.mark.parametrize("interleave", [False, None])
+    def test_where_it_is_not_wanted(
+        self,
+        tiny_moe: Path,
+        tmp_path: Path,
+        interleave: bool | None,
+        events: list[str],
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        """By default on the CPU: nothing could run beside the engine there."""
+        with caplog.at_level(logging.INFO, "kt_sft"):
+            trainer_of(load(tiny_moe, interleave), tmp_path)[0].train()
+        assert "".join(events) == PLAIN * 6
+        assert "micro-batch" not in caplog.text
+
+    def test_in_a_model_without_experts_in_the_engine(self, tiny_moe: Path, tmp_path: Path) -> None:
+        model = transformers.AutoModelForCausalLM.from_pretrained(tiny_moe)
+        trainer, recorder = trainer_of(model, tmp_path)
+        trainer.train()
+        assert len(recorder.steps) == 3
+        assert not trainer._kt_sft_interleaving  # type: ignore[attr-defined]
+
+    @pytest.mark.parametrize(
+        ("change", "reason"),
+        [
+            (lambda t: setattr(t.accelerator.state, "distributed_type", "DEEPSPEED"), "DEEPSPEED has a backward"),
+            (lambda t: setattr(t.args, "_n_gpu", 2), "copies the model to 2 devices"),
+            (lambda t: setattr(t.args, "torch_compile", True), "torch_compile is set"),
+            (lambda t: t.accelerator.gradient_state.plugin_kwargs.update(sync_each_batch=True), "sync_each_batch"),
+            (lambda t: checkpoint_by_itself(t.model), "not torch's"),
+            (lambda t: train_tied(t.model), "is trained and also"),
+        ],
+        ids=["deepspeed", "data parallel", "compiled", "synchronised", "checkpointing", "tied"],
+    )
+    def test_where_it_cannot_be(
+        self, tiny_moe: Path, tmp_path: Path, change: Callable[[Any], Any], reason: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        trainer, _ = trainer_of(load(tiny_moe, True), tmp_path)
+        assert interleaving.reason_against(trainer, trainer.model) is None
+        monkeypatch.setattr(trainer.accelerator, "state", FakeState())
+        state = trainer.accelerator.gradient_state.plugin_kwargs
+        monkeypatch.setattr(trainer.accelerator.gradient_state, "plugin_kwargs", dict(state))
+        change(trainer)
+        assert reason in str(interleaving.reason_against(trainer, trainer.model))
+
+
+def draw(*_: Any) -> None:
+    torch.rand(1)
+
+
+class FakeState:
+    """Accelerate's is one for all of a process."""
+
+    distributed_type = "NO"
+
+
+def checkpoint_by_itself(model: Any) -> None:
+    model.get_base_model()._set_gradient_checkpointing(True, lambda function, *args: function(*args))
+
+
+def train_tied(model: Any) -> None:
+    base = model.get_base_model()
+    base.lm_head.weight = base.model.embed_tokens.weight
+    base.lm_head.weight.requires_grad_(True)
