@@ -1,0 +1,223 @@
+"""A model without its weights: built on the meta device from config.json, and what the checkpoint's headers say of it.
+
+The very functions that load a model find its experts and their tensors, so every source that they know can be planned,
+and what they refuse is refused here as well.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
+from transformers.conversion_mapping import get_model_conversion_mapping
+
+from kt_sft.loading.checkpoint import Checkpoint
+from kt_sft.loading.layout import ExpertLayout, find_experts
+from kt_sft.loading.mapped import obstacle
+from kt_sft.loading.mapping import ModulePlan, plan_experts
+from kt_sft.loading.memory import experts_bytes
+from kt_sft.loading.sources.dense import plan_dense
+from kt_sft.loading.sources.entries import resolve_storage
+from kt_sft.loading.sources.methods import check_method, fold_tensors
+from kt_sft.planning.setup import RecipeError, TrainingSetup
+
+#: Model types that transformers has under another name, whose sizes and tensors are the same.
+_SAME_AS = {"kimi_k2": "deepseek_v3"}
+#: LLaMA-Factory's `flash_attn` -> transformers' name. Kernels that keep no scores need the same memory.
+ATTENTION = {"disabled": "eager", "sdpa": "sdpa", "fa2": "sdpa", "fa3": "sdpa"}
+_VISION = re.compile(r"(^|\.)(visual|vision_tower|vision_model|audio_tower|multi_modal_projector)\.")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelFacts:
+    """What a model holds.
+
+    Args:
+        model: On the meta device, with its experts.
+        layouts: Of its modules of routed experts, by name.
+        storages: How each is stored, as LayerStore's arguments.
+        slots: Experts per token.
+        obstacle: Why the experts cannot stay in the checkpoint's files; None if they can.
+        notes: What was taken for something else.
+    """
+
+    model: nn.Module
+    layouts: Mapping[str, ExpertLayout]
+    storages: Mapping[str, Mapping[str, Any]]
+    slots: int
+    obstacle: str | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def experts_bytes(self) -> int:
+        """Of all routed experts as they are stored, scales included."""
+        return sum(experts_bytes(layout, self.storages[name]) for name, layout in self.layouts.items())
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """The formats in which they are stored."""
+        return tuple(sorted({storage["expert_format"] for storage in self.storages.values()}))
+
+    @property
+    def dense_bytes(self) -> int:
+        """Of everything else: parameters in the dtype they are loaded in, and buffers; what is tied counts once."""
+        experts = {
+            id(value) for name in self.layouts for value in self.model.get_submodule(name).parameters(recurse=True)
+        }
+        tensors = {id(value): value.nbytes for value in (*self.model.parameters(), *self.model.buffers())}
+        return sum(size for key, size in tensors.items() if key not in experts)
+
+    @property
+    def stack(self) -> str:
+        """The name of the list of layers that holds the experts."""
+        return next(iter(self.layouts)).partition(".layers.")[0] + ".layers"
+
+
+def read_model(setup: TrainingSetup) -> ModelFacts:
+    """The model of a recipe whose checkpoint is on this machine, in a folder or the hub's cache.
+
+    Raises:
+        RecipeError: There is no such checkpoint, or it has no routed experts.
+        CheckpointError, UnsupportedModelError, ConfigError: As loading it would.
+    """
+    folder = _folder(setup.model)
+    config, notes = _config(folder, setup)
+    source = getattr(config, "quantization_config", None)
+    if source is not None:
+        source = dict(source if isinstance(source, Mapping) else source.to_dict())
+        check_method(source)
+        del config.quantization_config
+    checkpoint = Checkpoint(_files(folder))
+    if source is not None:
+        checkpoint.tensors = fold_tensors(checkpoint.tensors, source)
+    model = _build(config, setup, _dtype(config, checkpoint))
+    layouts = find_experts(model)
+    if not layouts:
+        raise RecipeError(f"{setup.model}: {type(model).__name__} has no routed experts; kt_sft leaves such models as they are")
+    conversions = get_model_conversion_mapping(model, None, None)
+    plans = plan_experts(model, layouts, checkpoint, conversions)
+    plan_dense(model, checkpoint.tensors, plans, conversions)  # raises where loading would
+    storages = {plan.name: resolve_storage(plan, setup.settings) for plan in plans}
+    return facts_of(model, plans, storages, setup, notes)
+
+
+def facts_of(
+    model: nn.Module,
+    plans: Sequence[ModulePlan],
+    storages: Mapping[str, Mapping[str, Any]],
+    setup: TrainingSetup,
+    notes: Sequence[str] = (),
+) -> ModelFacts:
+    """The facts of a model that is about to be loaded: on the meta device, with its experts still in it."""
+    return ModelFacts(
+        model,
+        {plan.name: plan.layout for plan in plans},
+        storages,
+        _slots(model.config),
+        obstacle(plans, setup.settings),
+        tuple(notes),
+    )
+
+
+def text_config(config: Any) -> Any:
+    """The part of a config that is about the language model."""
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _slots(config: Any) -> int:
+    text = text_config(config)
+    names = ("num_experts_per_tok", "moe_k", "num_experts_per_token", "moe_topk", "top_k_experts")
+    for found in (text, config):
+        for name in names:
+            if isinstance(value := getattr(found, name, None), int) and value > 0:
+                return value
+    raise RecipeError(f"the config does not say how many experts a token has; looked for {', '.join(names)}")
+
+
+def _folder(name: str) -> Path:
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError, OSError) as error:
+        raise RecipeError(
+            f"model_name_or_path: {name} is neither a folder nor in the hub's cache. A plan needs config.json and the "
+            "safetensors files' headers; download the model, or give a folder that holds them"
+        ) from error
+
+
+def _files(folder: Path) -> list[Path]:
+    """The files that transformers would read."""
+    index = folder / "model.safetensors.index.json"
+    try:
+        names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else set()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RecipeError(f"{index}: no readable index of tensors ({error!r})") from error
+    files = [folder / name for name in sorted(names)] or sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise RecipeError(f"{folder} holds no safetensors files, whose headers say what the experts are stored as")
+    return files
+
+
+def _config(folder: Path, setup: TrainingSetup) -> tuple[PreTrainedConfig, list[str]]:
+    try:
+        found = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{folder / 'config.json'} cannot be read as JSON: {error}") from error
+    kind = found.get("model_type") if isinstance(found, dict) else None
+    if kind in _SAME_AS:
+        other = _SAME_AS[kind]
+        keys = {key: value for key, value in found.items() if key not in ("model_type", "auto_map")}
+        note = f"model_type {kind} is planned as {other}, whose layers are the same; transformers has no class of its own"
+        return AutoConfig.for_model(other, **keys), [note]
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=setup.trust_remote_code), []
+    except (ValueError, OSError, KeyError) as error:
+        raise RecipeError(f"{folder / 'config.json'}: transformers cannot make a model of it: {error}") from error
+
+
+def _dtype(config: PreTrainedConfig, checkpoint: Checkpoint) -> torch.dtype:
+    """As from_pretrained(dtype="auto"): the config's, else the first floating tensor's; never one of codes."""
+    dtype = getattr(config, "dtype", None) or getattr(text_config(config), "dtype", None)
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype)
+    if dtype is None:
+        names = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+        dtype = next((names[e.dtype_name] for e in checkpoint.tensors.values() if e.dtype_name in names), torch.float32)
+    return torch.bfloat16 if dtype.itemsize == 1 else dtype
+
+
+def _build(config: PreTrainedConfig, setup: TrainingSetup, dtype: torch.dtype) -> nn.Module:
+    classes = AutoModelForImageTextToText if type(config) in AutoModelForImageTextToText._model_mapping else AutoModelForCausalLM
+    asked = ATTENTION.get(setup.attention)
+    arguments = {"dtype": dtype, "trust_remote_code": setup.trust_remote_code}
+    with torch.device("meta"):
+        try:
+            return classes.from_config(config, **arguments, **({"attn_implementation": asked} if asked else {}))
+        except (ValueError, ImportError):
+            return classes.from_config(config, **arguments, attn_implementation="eager")
+
+
+def targets_of(model: nn.Module, setup: TrainingSetup, experts: Sequence[str]) -> dict[str, nn.Linear]:
+    """The linear modules that get adapters, by name; as LLaMA-Factory chooses them, "all" without the output layer."""
+    found = {}
+    for name, module in model.named_modules():
+        if "Linear" not in type(module).__name__ or any(name.startswith(f"{e}.") for e in experts):
+            continue
+        if setup.freezes_vision and _VISION.search(name):
+            continue
+        last = name.rpartition(".")[2]
+        if ("lm_head" not in name) if setup.targets == ("all",) else last in setup.targets:
+            found[name] = module
+    return found  # type: ignore[return-value]
