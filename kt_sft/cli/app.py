@@ -12,6 +12,7 @@ from rich.console import Console
 from kt_sft.cli.compare import compare
 from kt_sft.cli.convert_adapter import convert_adapter
 from kt_sft.cli.migrate import migrate
+from kt_sft.cli.plan import plan
 from kt_sft.cli.shapes import MODELS, ShapeError
 
 app = typer.Typer(
@@ -25,6 +26,7 @@ app = typer.Typer(
 app.command()(compare)
 app.command()(convert_adapter)
 app.command()(migrate)
+app.command()(plan)
 
 
 @app.command()
@@ -87,7 +89,8 @@ def bench(
     KT_SFT_ISA=<tier> measures a lower instruction tier.
     """
     from kt_sft.cli.bench import measure
-    from kt_sft.cli.bench_plan import BenchError, plan
+    from kt_sft.cli.bench_plan import BenchError
+    from kt_sft.cli.bench_plan import plan as plan_bench
     from kt_sft.cli.bench_report import draw, show
     from kt_sft.config import ConfigError
 
@@ -96,7 +99,7 @@ def bench(
         for option, file in (("--json", json_file), ("--plot", plot)):  # before minutes of measuring, not after
             if file is not None and not file.absolute().parent.is_dir():
                 raise BenchError(f"{option}: the folder {file.absolute().parent} does not exist")
-        planned = plan(
+        planned = plan_bench(
             model=model,
             hidden=hidden,
             intermediate=intermediate,
