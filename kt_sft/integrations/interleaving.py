@@ -14,7 +14,7 @@ import inspect
 import logging
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -67,7 +67,7 @@ def _interleaving_of(trainer: Any, model: Any) -> _Interleaving | None:
             if wanted is None:  # on the CPU alone there is nothing that could run beside the engine
                 wanted = trainer.args.device.type != "cpu"
             if wanted:
-                made = _Interleaving(trainer, layers[0])
+                made = _Interleaving(trainer, layers)
                 made.check(model)
         setattr(trainer, _STATE, made)
     found = getattr(trainer, _STATE)
@@ -83,17 +83,17 @@ class _Interleaving:
 
     Args:
         trainer: Whose steps are interleaved.
-        experts: Of its model, some.
+        layers: The routed experts of its model.
     """
 
-    def __init__(self, trainer: Any, experts: Any) -> None:
+    def __init__(self, trainer: Any, layers: Sequence[Any]) -> None:
         from kt_sft.offload.interleave import Interleaver
 
         self.is_off = False
-        self._trainer, self._experts = trainer, experts
+        self._trainer, self._layers = trainer, layers
         self._interleaver = Interleaver()
         self._waiting: tuple[Any, _Step] | None = None
-        self._is_watched = self._said_on = self._said_whole = False
+        self._is_watched = self._draws = self._said_on = self._said_whole = False
         self._slots = 0
 
     def check(self, model: Any) -> None:
@@ -121,22 +121,30 @@ class _Interleaving:
         return self._reported(first, second)
 
     def _watch(self, model: Any, inputs: Any, plain: _Step, is_last: bool) -> Tensor:
-        """A micro-batch of the first optimizer step, which runs plainly: does the model draw random numbers?"""
+        """A micro-batch of the first optimizer step, which runs plainly: when does the model draw random numbers?
+
+        Interleaved, what two micro-batches draw before their first experts comes first, in the order of the batches,
+        and what they draw after their last ones comes last. So either may be, but not both, and none between.
+        """
         self._is_watched = is_last
-        before = _random_states()
-        handle = self._experts.register_forward_pre_hook(self._note_slots, with_kwargs=True)
+        states = [_random_states()]
+
+        def note(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._slots = (args[1] if len(args) > 1 else kwargs["top_k_index"]).shape[1]
+            states.append(_random_states())
+
+        handles = [experts.register_forward_pre_hook(note, with_kwargs=True) for experts in self._layers]
         try:
             loss = plain(inputs)
         finally:
-            handle.remove()
-        if not all(map(torch.equal, before, _random_states())):
-            self._turn_off(
-                f"{_what_draws(model)}, and interleaved ones would get others than in the order of the batch"
-            )
+            for handle in handles:
+                handle.remove()
+        before, *between, after = [*states, _random_states()]
+        if not _are_same([before, after]):
+            self._draws = True
+        if not (_are_same([before, *between]) or _are_same([*between, after])):
+            self._turn_off(f"{_what_draws(model)}, and two at a time would draw others than one after the other")
         return loss
-
-    def _note_slots(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._slots = (args[1] if len(args) > 1 else kwargs["top_k_index"]).shape[1]
 
     def _run(self, model: Any, parts: list[tuple[Any, _Step]]) -> list[Tensor]:
         """The losses of two micro-batches, whose gradients have been added to what is there."""
@@ -173,8 +181,11 @@ class _Interleaving:
     def _halves(self, model: Any, inputs: Any) -> list[Any] | None:
         """A micro-batch cut in two, or None where it has to stay, or is better left, whole."""
         reason = reason_to_stay_whole(self._trainer, model, inputs)
-        if reason is None and self._experts.config.interleave_micro_batches is None:
-            rows = inputs["input_ids"].numel() // 2 * self._slots / self._experts.num_experts
+        if reason is None and self._draws:
+            reason = f"{_what_draws(model)}, and halves would draw others"
+        experts = self._layers[0]
+        if reason is None and experts.config.interleave_micro_batches is None:
+            rows = inputs["input_ids"].numel() // 2 * self._slots / experts.num_experts
             if rows < LEAST_ROWS:
                 reason = f"half of one has {rows:.0f} rows for an expert, with which the engine is slow"
         if reason is not None:
@@ -246,17 +257,32 @@ def reason_against(trainer: Any, model: Any) -> str | None:
     for name, value in trained:
         if names[value] != name:
             return f"{name} is trained and also {names[value]}, so its gradient has more than one term of each"
+    return _reason_in_checkpointing(accelerator.unwrap_model(model))
+
+
+def _reason_in_checkpointing(model: Any) -> str | None:
+    from torch.utils.checkpoint import checkpoint
+
     for name, part in model.named_modules():
-        if getattr(part, "gradient_checkpointing", False) and not _is_torch_checkpoint(part):
+        function = getattr(part, "_gradient_checkpointing_func", None)
+        if function is None or not getattr(part, "gradient_checkpointing", False):
+            continue
+        function = inspect.unwrap(function)
+        settings = function.keywords if isinstance(function, functools.partial) else {}
+        if getattr(function, "func", function) is not checkpoint:
             return f"the gradient checkpointing of {name} is not torch's; remove use_unsloth_gc"
+        if settings.get("use_reentrant", True) and _has_router_loss(model):
+            return (
+                "the routers' auxiliary loss (moe_aux_loss_coef) gives routers no gradient where checkpointing is "
+                "reentrant, and would give one here; set use_reentrant_gc: false"
+            )
     return None
 
 
-def _is_torch_checkpoint(part: Any) -> bool:
-    from torch.utils.checkpoint import checkpoint
-
-    function = inspect.unwrap(getattr(part, "_gradient_checkpointing_func", checkpoint))
-    return (function.func if isinstance(function, functools.partial) else function) is checkpoint
+def _has_router_loss(model: Any) -> bool:
+    config = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else None
+    return any(getattr(part, "output_router_logits", False) for part in (config, text))
 
 
 def reason_to_stay_whole(trainer: Any, model: Any, inputs: Any) -> str | None:
@@ -266,8 +292,7 @@ def reason_to_stay_whole(trainer: Any, model: Any, inputs: Any) -> str | None:
         return "its loss is no sum over tokens"
     if not trainer.model_accepts_loss_kwargs:
         return "its loss is a mean over its own tokens"
-    config = trainer.accelerator.unwrap_model(model).config
-    if any(getattr(part, "output_router_logits", False) for part in (config, config.get_text_config())):
+    if _has_router_loss(trainer.accelerator.unwrap_model(model)):
         return "the routers' auxiliary loss (moe_aux_loss_coef) is one of a whole batch"
     if not isinstance(inputs, Mapping) or not {"input_ids", "labels"} <= inputs.keys() <= _ROWS:
         return "it has inputs of other kinds than tokens"
@@ -279,13 +304,17 @@ def reason_to_stay_whole(trainer: Any, model: Any, inputs: Any) -> str | None:
     return None
 
 
-def _random_states() -> list[Tensor]:
+def _random_states() -> Tensor:
     """Of the generators that a model draws from."""
     states = [torch.get_rng_state()]
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if device is not None:
         states.append(torch.get_device_module(device).get_rng_state())
-    return states
+    return torch.cat(states)
+
+
+def _are_same(states: Sequence[Tensor]) -> bool:
+    return all(torch.equal(states[0], state) for state in states[1:])
 
 
 def _what_draws(model: Any) -> str:

@@ -129,8 +129,8 @@ def test_few_rows_are_not_cut_by_default(
     """Half of 64 sequences of 6 tokens is 192 tokens, of which each of 8 experts gets one in 8."""
     trainer, _ = trainer_of(load(tiny_moe, interleave), tmp_path)
     experts = next(part for part in trainer.model.modules() if isinstance(part, kt_sft.CpuExperts))
-    state = interleaving._Interleaving(trainer, experts)
-    state._note_slots(experts, (torch.zeros(5, 32), torch.zeros(5, 1, dtype=torch.long)), {})
+    state = interleaving._Interleaving(trainer, [experts])
+    state._slots = 1
     batch = batch_of(sequences)
     with caplog.at_level(logging.INFO, "kt_sft"):
         halves = state._halves(trainer.model, batch)
@@ -140,3 +140,5 @@ def test_few_rows_are_not_cut_by_default(
         for key in batch:
             assert torch.equal(torch.cat([half[key] for half in halves]), batch[key])
     assert len([record for record in caplog.records if "not cut in two" in record.getMessage()]) == (not cut)
+    state._draws = True
+    assert state._halves(trainer.model, batch) is None
