@@ -112,6 +112,18 @@ def _checkpoints() -> str | None:
     return _takes(save, ["self", "model", "trial"])
 
 
+def _steps() -> str | None:
+    trainer = importlib.import_module("transformers.trainer").Trainer
+    if not hasattr(trainer.training_step, "__wrapped__"):
+        return "kt_sft is not attached to Trainer.training_step"
+    accelerator = importlib.import_module("accelerate").Accelerator
+    if not isinstance(accelerator.sync_gradients, property):
+        return "accelerate's Accelerator has no sync_gradients"
+    return _takes(trainer.training_step, ["self", "model", "inputs", "num_items_in_batch"]) or _takes(
+        accelerator.backward, ["self", "loss", "kwargs"]
+    )
+
+
 def _key_mapping() -> str | None:
     modeling = importlib.import_module("transformers.modeling_utils")
     attached = hasattr(modeling.PreTrainedModel.from_pretrained, "__wrapped__")
@@ -158,6 +170,7 @@ SEAMS: dict[str, Check] = {
     "transformers: renamed keys": _key_mapping,
     "transformers: saving": _saving,
     "transformers: checkpoints": _checkpoints,
+    "transformers: training steps": _steps,
     "transformers: weight conversions": _conversions,
     "transformers: experts": _experts_interface,
 }

@@ -45,7 +45,9 @@ class Trace:
 
     def start(self) -> None:
         """Begins to record."""
-        self._profile = torch.profiler.profile(activities=torch.profiler.supported_activities())
+        self._profile = torch.profiler.profile(
+            activities=torch.profiler.supported_activities(), experimental_config=_all_threads()
+        )
         self._profile.start()
         with torch.profiler.record_function(_CLOCK):
             self._clock = time.monotonic()
@@ -91,3 +93,11 @@ class Trace:
             named("thread_name", _WAITING, "waiting for the engine"),
             {"ph": "M", "pid": _PROCESS, "tid": 0, "name": "process_sort_index", "args": {"sort_index": -1}},
         ]
+
+
+def _all_threads() -> Any:
+    """What has torch profile all threads: interleaved micro-batches have some of their own."""
+    try:
+        return torch._C._profiler._ExperimentalConfig(profile_all_threads=True)
+    except TypeError:  # an older torch, whose profile then lacks their forward
+        return None

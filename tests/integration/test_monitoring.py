@@ -203,3 +203,18 @@ def test_what_the_trainer_calls_a_callback_by() -> None:
     assert re.search(r"DEFAULT_CALLBACKS \+ get_reporting_integration_callbacks\(", source)
     log = inspect.getsource(transformers.Trainer.log)
     assert log.index("log_history.append") < log.index("callback_handler.on_log(self.args, self.state, self.control, l")
+
+
+def test_a_profile_has_micro_batches_that_are_interleaved(tiny_moe: Path, tmp_path: Path) -> None:
+    """Whose forward runs in threads of their own, which torch's profiler has to record, too."""
+    path = tmp_path / "trace.json"
+    train(tiny_moe, tmp_path / "out", 3, metrics="off", profile=str(path), interleave_micro_batches=True)
+    trace = json.loads(path.read_text())
+    in_time = sorted(lanes(trace)["CPU engine"], key=lambda span: span["ts"])
+    # Each layer's work for one micro-batch, then for the other.
+    order = ["layer_00 forward"] * 2 + ["layer_01 forward"] * 2 + ["layer_01 backward"] * 2 + ["layer_00 backward"] * 2
+    assert [span["name"] for span in in_time] == order * 2
+    for name in ("Submit", "Await"):
+        threads = [event["tid"] for event in trace["traceEvents"] if event.get("name") == name]
+        assert len(threads) == 8
+        assert len({*threads}) == 2

@@ -52,6 +52,7 @@ def test_from_dict_takes_a_recipes_block():
         ({"zero_point": "yes"}, "zero_point must be true or false"),
         ({"lora_experts": 1}, "lora_experts must be true or false"),
         ({"overlap_shared_experts": 1}, "overlap_shared_experts must be true or false"),
+        ({"interleave_micro_batches": "auto"}, "interleave_micro_batches must be true or false"),
         ({"retained_mb": -1}, "retained_mb must be a whole number of at least 0, got -1"),
         ({"metrics": "all"}, "metrics must be one of off, step, layers"),
         ({"profile": True}, "profile must be the path of a file to write, ending in .json, got True"),
