@@ -179,7 +179,7 @@ def compared(runs: dict[str, list[Measured]], layers: int | None, tokens: int, s
         figures["ratios"] = {other: ratio(own, theirs) for other, theirs in runs.items() if other != name}
         figures["agreement"] = None
         if reference is not None and name != reference:
-            judged = layers is not None and (same_weights or name != "kt_sft")
+            judged = layers is not None and (same_weights or not name.startswith("kt_sft"))
             bounds = rounding_bounds(layers, tokens) if judged and layers is not None else None
             figures["agreement"] = agreement(own[0], runs[reference][0], bounds)
         contenders[name] = figures

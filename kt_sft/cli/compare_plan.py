@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ _CHECKOUT = Path(__file__).resolve().parents[2] / "recipes" / "compare"
 #: A checkout's folder, or the copy of it in an installed package.
 RECIPES = _CHECKOUT if _CHECKOUT.is_dir() else Path(__file__).resolve().parents[1] / "recipes" / "compare"
 PLUGIN_KEY = "kt_sft"
+#: Beside it: kt_sft without interleaving.
+IN_TURN = "kt_sft_in_turn"
 #: Formats whose values are the checkpoint's own, so that losses are those of the same weights.
 SAME_WEIGHTS = ("auto", "bf16")
 #: What reading and holding a model takes beside its weights.
@@ -34,18 +36,25 @@ class Contender:
     description: str
     #: The DeepSpeed configuration beside the recipe, for those that have one.
     deepspeed: str | None = None
+    #: Settings of kt_sft on top of the recipe's, for those that run with it.
+    plugin: Mapping[str, Any] | None = dataclasses.field(default=None, hash=False)
 
     @property
     def environment(self) -> dict[str, str]:
         """Variables of its runs. DeepSpeed must be started by torchrun, also on one device."""
-        if self.name == PLUGIN_KEY:
+        if self.plugin is not None:
             return {}
         launched = {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "1"} if self.deepspeed else {}
         return WITHOUT_PLUGIN | launched
 
 
 CONTENDERS = (
-    Contender("kt_sft", "routed experts on the CPU engine, the rest on the accelerator where there is one"),
+    Contender("kt_sft", "routed experts on the CPU engine, the rest on the accelerator where there is one", plugin={}),
+    Contender(
+        IN_TURN,
+        "the same with one micro-batch after the other, to see what interleaving gains",
+        plugin={"interleave_micro_batches": False},
+    ),
     Contender("llamafactory", "plain LLaMA-Factory, the whole model on the accelerator, or on the CPU"),
     Contender("zero3", "DeepSpeed ZeRO-3, parameters offloaded to the CPU, other settings its own", "zero3_stock.json"),
     Contender(
@@ -150,8 +159,9 @@ def recipe_for(contender: Contender, recipe: dict[str, Any], settings: dict[str,
         configs: The folder of the DeepSpeed configurations.
     """
     own = recipe | settings
-    if contender.name != PLUGIN_KEY:
-        del own[PLUGIN_KEY]
+    block = own.pop(PLUGIN_KEY)
+    if contender.plugin is not None:
+        own[PLUGIN_KEY] = (block or {}) | dict(contender.plugin)
     if contender.deepspeed:
         own["deepspeed"] = str(configs / contender.deepspeed)
     return own
@@ -167,7 +177,9 @@ def obstacle(contender: Contender, facts: dict[str, Any], weight_bytes: int | No
     """
     if contender.deepspeed and facts["deepspeed_error"] is not None:
         return f"DeepSpeed cannot be imported ({facts['deepspeed_error']}); pip install 'kt_sft[deepspeed]'"
-    if contender.name == PLUGIN_KEY or weight_bytes is None:
+    if contender.name == IN_TURN and not facts["accelerators"]:
+        return "without an accelerator kt_sft computes one micro-batch after the other by itself"
+    if contender.plugin is not None or weight_bytes is None:
         return None
     host = facts["engine"]["memory_available_bytes"]
     device = facts["accelerators"][0]["memory_bytes"] if facts["accelerators"] else None

@@ -86,13 +86,14 @@ def predicted(
         retained: Whether the experts keep what backward needs, so that their forward runs once all the same.
 
     Returns:
-        `work`, `rates`, the fields of `Prediction`, and, where there is a link, `streamed` (seconds of a step that
-        streams the experts) and `crossover_tokens`.
+        `work`, `rates`, the fields of `Prediction`, its `gain` and `most_gain`, and, where there is a link, `streamed`
+        (seconds of a step that streams the experts) and `crossover_tokens`.
     """
     task, speeds = Work(**work), Rates(**rates)
     passes = Passes(2 if checkpointing else 1, 2 if checkpointing and not retained else 1)
     found: Prediction = predict(task, speeds, passes, micro_batches)
     result = {"work": work, "rates": rates, **dataclasses.asdict(found), "streamed": None, "crossover_tokens": None}
+    result |= {"gain": found.gain, "most_gain": found.most_gain}
     if speeds.link is not None:
         result["streamed"] = micro_batches * streamed(task, speeds, 3 if checkpointing else 2)
         result["crossover_tokens"] = crossover_tokens(task, speeds)

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from kt_sft.cli.compare_plan import IN_TURN
+
 #: Whom the table compares with, in this order.
 _BASELINES = ("zero3_tuned", "zero3", "llamafactory")
 #: Of T* / T, what kt_sft must at least be faster by than streaming of all experts.
@@ -162,6 +164,7 @@ def _model(report: dict[str, Any]) -> str:
             "" if beside is None else f"{beside:.3g}",
             "" if measured is None else f"{measured:.3g}",
             "" if measured is None else f"{measured / found['in_turn']:.2f}",
+            _gain(result),
             "" if crossover is None else f"{crossover:.0f}",
             "" if crossover is None else _goal(crossover, result["batch"] * result["cutoff_len"]),
         ]
@@ -169,14 +172,26 @@ def _model(report: dict[str, Any]) -> str:
     if not rows:
         return ""
     heads = ["tokens", "engine GFLOP/s", "dense GFLOP/s", "experts, s", "rest, s", "in turn, s", "side by side, s"]
-    heads += ["measured, s", "measured / in turn", "T*, tokens", "goal, x zero3_tuned"]
+    heads += ["measured, s", "measured / in turn", "gain (predicted, most)", "T*, tokens", "goal, x zero3_tuned"]
     alone = "" if links else " Here experts and the rest share one CPU, so they can only take turns."
     return (
         "## The model of the step\n\nPredicted from speeds measured before the runs, at these sizes "
         "(kt_sft/offload/step_model.py), against what kt_sft took. The model counts products only: optimizer, LoRA, "
-        "norms and what Python takes between operations come on top, and so does whatever else the machine did."
+        "norms and what Python takes between operations come on top, and so does whatever else the machine did. The "
+        "gain is what interleaving makes of kt_sft_in_turn's speed; at most it is (c + g) / max(c, g), with c the "
+        "experts' time and g that of the rest."
         f"{alone}\n\n| {' | '.join(heads)} |\n|{' --- |' * len(heads)}\n" + "\n".join(rows)
     )
+
+
+def _gain(result: dict[str, Any]) -> str:
+    """Of interleaving: measured, and in parentheses predicted and at most possible."""
+    found, own = result["prediction"], result["contenders"].get("kt_sft")
+    if found["gain"] is None:
+        return ""
+    measured = None if own is None else own["ratios"].get(IN_TURN)
+    predicted = f"({found['gain']:.2f}, {found['most_gain']:.2f})"
+    return predicted if measured is None else f"{measured['median']:.2f} {predicted}"
 
 
 def _goal(crossover: float, tokens: int) -> str:

@@ -93,6 +93,7 @@ class _Interleaving:
         self._trainer, self._layers = trainer, layers
         self._interleaver = Interleaver()
         self._waiting: tuple[Any, _Step] | None = None
+        self._state: Any = None
         self._is_watched = self._draws = self._said_on = self._said_whole = False
         self._slots = 0
 
@@ -107,10 +108,11 @@ class _Interleaving:
         is_last = self._trainer.accelerator.sync_gradients
         if not self._is_watched:
             return self._watch(model, inputs, plain, is_last)
-        if self._waiting is None and not is_last:
-            self._waiting = inputs, plain
+        state = self._trainer.state  # a new one with each call of `train`: what one before has left waits for nothing
+        waiting, self._waiting = self._waiting if self._state is state else None, None
+        if waiting is None and not is_last:
+            self._state, self._waiting = state, (inputs, plain)
             return torch.zeros((), device=self._trainer.args.device)
-        waiting, self._waiting = self._waiting, None
         if waiting is None:
             halves = self._halves(model, inputs)
             if halves is None:
@@ -226,12 +228,14 @@ class _Held:
 
 @contextlib.contextmanager
 def _held_backward(accelerator: Any) -> Iterator[_Held]:
-    held = _Held(accelerator.backward)
+    held, own = _Held(accelerator.backward), vars(accelerator).get("backward")
     accelerator.backward = held.hold
     try:
         yield held
     finally:
         del accelerator.backward
+        if own is not None:  # somebody else's
+            accelerator.backward = own
 
 
 def reason_against(trainer: Any, model: Any) -> str | None:
@@ -281,7 +285,7 @@ def _reason_in_checkpointing(model: Any) -> str | None:
 
 def _has_router_loss(model: Any) -> bool:
     config = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else None
+    text = getattr(config, "get_text_config", lambda: None)()
     return any(getattr(part, "output_router_logits", False) for part in (config, text))
 
 

@@ -193,6 +193,11 @@ class Prediction:
         """How many times faster side by side is."""
         return None if self.side_by_side is None else self.in_turn / self.side_by_side
 
+    @property
+    def most_gain(self) -> float | None:
+        """What it could be at most, (c + g) / max(c, g): the busier of CPU and accelerator never waits."""
+        return None if self.side_by_side is None else (self.cpu + self.device) / max(self.cpu, self.device)
+
 
 def predict(work: Work, rates: Rates, passes: Passes, micro_batches: int = 1) -> Prediction:
     """A step's time.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from pathlib import Path
@@ -16,6 +17,7 @@ from rounding_noise import UNIT_ROUNDOFF as UNIT
 from transformers import Trainer, TrainingArguments
 
 import kt_sft
+from kt_sft.offload.interleave import Interleaver
 
 pytestmark = [
     pytest.mark.gpu,
@@ -142,3 +144,33 @@ def test_shared_experts_overlap_by_default(family, tmp_path, monkeypatch):
     config_of_the_model = next(m for m in model.modules() if isinstance(m, kt_sft.CpuExperts)).config
     monkeypatch.setattr(config_of_the_model, "overlap_shared_experts", False)
     assert torch.equal(logits, model(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_micro_batches_interleave(tiny_moe: Path, checkpointing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on the CPU; an accelerator need not repeat its bits, so gradients are held to a unit of BF16."""
+    events: list[str] = []
+    record_engine(monkeypatch, events.append)
+    device = torch.accelerator.current_accelerator()
+    model = adapted(load(tiny_moe)).to(device).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": True})
+        model.enable_input_require_grads()
+    batches = [torch.arange(3, 3 + count).reshape(2, -1).to(device) for count in (40, 64)]
+
+    def loss_of(ids: torch.Tensor) -> torch.Tensor:
+        return model(input_ids=ids, labels=ids).loss
+
+    for ids in batches:
+        loss_of(ids).backward()
+    expected = {name: value.grad for name, value in tensors(model).items()}
+    model.zero_grad(set_to_none=True)
+    events.clear()
+    losses = Interleaver().run([functools.partial(loss_of, ids) for ids in batches])
+    assert "".join(events) == "SSASASAA"
+    events.clear()
+    torch.add(*losses).backward()
+    # The thread that waits is not the one that feeds the accelerator, so either may come first, but not alone.
+    assert re.fullmatch("SS[SA]{4}AA", "".join(events))
+    for name, value in tensors(model).items():
+        assert (value.grad - expected[name]).norm() <= UNIT * expected[name].norm(), name

@@ -14,6 +14,7 @@ import transformers
 from recording import record_engine
 from trainers import PAIR, PLAIN, load, losses, same, trainer_of
 
+import kt_sft
 from kt_sft.integrations import interleaving
 
 ON = "two micro-batches at a time"
@@ -105,6 +106,43 @@ def test_losses_that_are_no_numbers_are_reported_alike(tiny_moe: Path, tmp_path:
         found.append(losses(trainer))
     assert str(found[0]) == str(found[1])
     assert ("nan" in str(found[0])) != filtered
+
+
+class Failing(transformers.TrainerCallback):
+    """Fails at the second step: after its first micro-batch, or while its second is computed."""
+
+    def __init__(self, experts: kt_sft.CpuExperts, within: bool) -> None:
+        self.experts, self.within, self.done = experts, within, False
+
+    def on_substep_end(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
+        if state.global_step == 1 and not self.done:
+            self.done = True
+            if not self.within:
+                raise MemoryError("no memory is left")
+            handle = self.experts.register_forward_pre_hook(self.fail)
+            self.remove = handle.remove
+
+    def fail(self, *_: Any) -> None:
+        self.remove()
+        raise MemoryError("no memory is left")
+
+
+@pytest.mark.parametrize("within", [False, True])
+def test_after_an_error_it_trains_as_if_it_had_never_been_interleaved(
+    tiny_moe: Path, tmp_path: Path, within: bool
+) -> None:
+    found = []
+    for interleave in (False, True):
+        trainer, recorder = trainer_of(load(tiny_moe, interleave), tmp_path)
+        experts = [part for part in trainer.model.modules() if isinstance(part, kt_sft.CpuExperts)]
+        trainer.add_callback(Failing(experts[-1], within))
+        with pytest.raises(MemoryError, match="no memory is left"):
+            trainer.train()
+        trainer.train()
+        found.append((losses(trainer), recorder.steps))
+    assert found[0][0] == found[1][0]
+    assert len(found[0][1]) == 1 + 3
+    assert same(found[0][1], found[1][1])
 
 
 class TestOff:

@@ -11,7 +11,8 @@ import torch
 from commands import LORA_EXPERTS, run_command, train_losses
 from safetensors.torch import load_file
 
-#: The first step is watched, the second interleaved. Gradient checkpointing is on, and reentrant, as LLaMA-Factory has it by default.
+#: The first step is watched, the second interleaved. Gradient checkpointing is on, and reentrant, as LLaMA-Factory has
+#: it by default.
 BASE = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2, "max_steps": 2, "save_strategy": "no"}
 STAGES: dict[str, dict[str, Any]] = {
     "sft": {},

@@ -31,7 +31,7 @@ from kt_sft.config import KTConfig
 from kt_sft.offload.step_model import Work
 
 runner = CliRunner()
-KT_SFT, LLAMAFACTORY, ZERO3, TUNED = plan.CONTENDERS
+KT_SFT, IN_TURN, LLAMAFACTORY, ZERO3, TUNED = plan.CONTENDERS
 FACTS: dict[str, Any] = {
     "accelerators": [],
     "deepspeed_error": None,
@@ -77,9 +77,16 @@ class TestRecipes:
         own = plan.recipe_for(contender, common(), {"max_steps": 3}, plan.RECIPES)
         shared = common() | {"max_steps": 3}
         del shared["kt_sft"]
-        expected = {"kt_sft": {"kt_sft"}, "llamafactory": set()}.get(contender.name, {"deepspeed"})
+        expected = {KT_SFT: {"kt_sft"}, IN_TURN: {"kt_sft"}, LLAMAFACTORY: set()}.get(contender, {"deepspeed"})
         assert set(own) - set(shared) == expected
         assert {key: own[key] for key in shared} == shared
+
+    def test_one_of_two_with_kt_sft_does_not_interleave(self) -> None:
+        blocks = [plan.recipe_for(contender, common(), {}, plan.RECIPES)["kt_sft"] for contender in (KT_SFT, IN_TURN)]
+        assert blocks == [common()["kt_sft"], common()["kt_sft"] | {"interleave_micro_batches": False}]
+        assert not KTConfig.from_dict(blocks[1]).interleave_micro_batches
+        assert KT_SFT.environment == IN_TURN.environment == {}
+        assert common()["gradient_accumulation_steps"] == 2  # or there is nothing to interleave
 
     def test_kt_sft_is_not_loaded_by_the_others(self) -> None:
         assert KT_SFT.environment == {}
@@ -132,6 +139,8 @@ class TestPlan:
         assert plan.obstacle(ZERO3, device, 7 * gib) is None  # that is what offloading is for
         assert "pip install 'kt_sft[deepspeed]'" in str(plan.obstacle(TUNED, without, gib))
         assert plan.obstacle(KT_SFT, without, 99 * gib) is None  # it looks for itself
+        assert plan.obstacle(IN_TURN, device, 99 * gib) is None
+        assert "one micro-batch after the other by itself" in str(plan.obstacle(IN_TURN, FACTS, gib))
 
     def test_the_parent_of_measured_runs_never_imports_torch(self) -> None:
         # A child's peak starts at its parent's size; see training_runs.py.
@@ -361,6 +370,18 @@ class TestReport:
         write_report(report, tmp_path)
         assert goal in (tmp_path / "report.md").read_text()
 
+    def test_the_gain_of_interleaving_is_beside_what_was_predicted(self, tmp_path: Path) -> None:
+        report = a_report()
+        prediction = a_prediction(1e9)
+        most = (prediction["cpu"] + prediction["device"]) / max(prediction["cpu"], prediction["device"])
+        assert prediction["most_gain"] == pytest.approx(most)
+        predicted = f"({prediction['gain']:.2f}, {most:.2f})"
+        for slow, shown in ([], predicted), ([a_run(0, 80.0)], f"1.25 {predicted}"):
+            runs = {"kt_sft": [a_run(0, 100.0)], "zero3": [a_run(0, 50.0)]} | ({"kt_sft_in_turn": slow} if slow else {})
+            report["results"][0] |= compared(runs, 2, 64, True) | {"prediction": prediction}
+            write_report(report, tmp_path)
+            assert f"| {shown} |" in (tmp_path / "report.md").read_text()
+
     @pytest.mark.parametrize("agrees", [True, False])
     def test_disagreement_is_said(self, agrees: bool, tmp_path: Path) -> None:
         write_report(a_report(agrees), tmp_path)
@@ -379,7 +400,7 @@ class TestReport:
         (["--contenders", "kt_sft"], "--contenders: name at least two"),
         (
             ["--contenders", "kt_sft,unsloth"],
-            "--contenders: unsloth is none of kt_sft, llamafactory, zero3, zero3_tuned",
+            "--contenders: unsloth is none of kt_sft, kt_sft_in_turn, llamafactory, zero3, zero3_tuned",
         ),
         (["--recipe", "nowhere.yaml"], "--recipe: nowhere.yaml cannot be read"),
         (["--top-k", "9", "--experts", "8"], "9 experts per token cannot be chosen among 8"),

@@ -169,3 +169,11 @@ class TestStreaming:
             crossover_tokens(WORK, alone)
         with pytest.raises(StepModelError, match="link must be known"):
             streamed(WORK, alone)
+
+
+def test_the_most_that_interleaving_can_gain() -> None:
+    """With a link that takes no time: a step is at least what the busier of CPU and accelerator takes."""
+    found = predict(WORK, dataclasses.replace(RATES, link=1e30), ONCE, 2)
+    assert found.most_gain == pytest.approx(found.in_turn / max(found.cpu, found.device))
+    assert 1 < found.gain <= found.most_gain + 1e-9
+    assert predict(WORK, dataclasses.replace(RATES, link=None), ONCE, 2).most_gain is None
