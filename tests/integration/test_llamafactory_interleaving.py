@@ -15,11 +15,9 @@ from safetensors.torch import load_file
 #: it by default.
 BASE = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2, "max_steps": 2, "save_strategy": "no"}
 STAGES: dict[str, dict[str, Any]] = {
-    "sft": {},
     "experts": LORA_EXPERTS | {"lora_dropout": 0.0},
     "routers' loss": {"moe_aux_loss_coef": 0.1, "use_reentrant_gc": False},
-    "not checkpointed": {"disable_gradient_checkpointing": True},
-    "noise": {"neftune_noise_alpha": 5},  # drawn in the order of the batches: before the first layer
+    "noise": {"neftune_noise_alpha": 5},  # sft; drawn in the order of the batches: before the first layer
     "pt": {"stage": "pt", "dataset": "pt"},
     "dpo": {"stage": "dpo", "dataset": "pair", "pref_beta": 0.1},
     "kto": {"stage": "kto", "dataset": "kto", "pref_beta": 0.1},
