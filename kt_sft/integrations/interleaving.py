@@ -91,7 +91,7 @@ class _Interleaving:
 
         self.is_off = False
         self._trainer, self._layers = trainer, layers
-        self._interleaver = Interleaver()
+        self._interleaver = Interleaver(trainer.args.device)
         self._waiting: tuple[Any, _Step] | None = None
         self._state: Any = None
         self._is_watched = self._draws = self._said_on = self._said_whole = False
@@ -129,11 +129,12 @@ class _Interleaving:
         and what they draw after their last ones comes last. So either may be, but not both, and none between.
         """
         self._is_watched = is_last
-        states = [_random_states()]
+        device = self._trainer.args.device
+        states = [_random_states(device)]
 
         def note(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self._slots = (args[1] if len(args) > 1 else kwargs["top_k_index"]).shape[1]
-            states.append(_random_states())
+            states.append(_random_states(device))
 
         handles = [experts.register_forward_pre_hook(note, with_kwargs=True) for experts in self._layers]
         try:
@@ -141,7 +142,7 @@ class _Interleaving:
         finally:
             for handle in handles:
                 handle.remove()
-        before, *between, after = [*states, _random_states()]
+        before, *between, after = [*states, _random_states(device)]
         if not _are_same([before, after]):
             self._draws = True
         if not (_are_same([before, *between]) or _are_same([*between, after])):
@@ -308,11 +309,10 @@ def reason_to_stay_whole(trainer: Any, model: Any, inputs: Any) -> str | None:
     return None
 
 
-def _random_states() -> Tensor:
-    """Of the generators that a model draws from."""
+def _random_states(device: torch.device) -> Tensor:
+    """Of the generators that a model on `device` draws from."""
     states = [torch.get_rng_state()]
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if device is not None:
+    if device.type != "cpu":
         states.append(torch.get_device_module(device).get_rng_state())
     return torch.cat(states)
 

@@ -118,23 +118,25 @@ class Interleaver:
     """Runs functions interleaved, in threads of its own, which it keeps: torch's CPU threads belong to those.
 
     Args:
+        device: Of the model.
         threads: The most functions at a time.
     """
 
-    def __init__(self, threads: int = 2) -> None:
+    def __init__(self, device: torch.device, threads: int = 2) -> None:
+        self._device = device
         self._threads = [ThreadPoolExecutor(1, f"kt_sft-micro-batch-{number}") for number in range(threads)]
 
     def run(self, functions: Sequence[Callable[[], Result]]) -> list[Result]:
         """Calls functions, switching from one to the next where it waits for routed experts; gives their results.
 
-        They see the caller's context variables and its accelerator's device and stream. The first begins, and each
-        begins when those before it have submitted their first experts.
+        They see the caller's context variables and, on an accelerator, its device and stream. The first begins, and
+        each begins when those before it have submitted their first experts.
 
         Raises:
             BaseException: What a function raised; the others have been stopped, and the engine works for none of them.
         """
         turns = _Turns(len(functions))
-        stream = torch.accelerator.current_stream() if torch.accelerator.is_available() else None
+        stream = None if self._device.type == "cpu" else torch.accelerator.current_stream()
         calls = [
             thread.submit(contextvars.copy_context().run, _take_part, turns, number, function, stream)
             for number, (thread, function) in enumerate(zip(self._threads, functions, strict=False))
@@ -145,10 +147,13 @@ class Interleaver:
             turns.stop()
             wait(calls)
             raise
-        errors = [error for error in (call.exception() for call in calls) if error is not None]
-        for error in errors:
-            if not isinstance(error, _StoppedError):
+        errors = (call.exception() for call in calls)
+        error = next((error for error in errors if error is not None and not isinstance(error, _StoppedError)), None)
+        if error is not None:
+            try:
                 raise error
+            finally:  # what has stopped, with all its tensors, must not live as long as this frame's traceback
+                del calls, errors, error
         return [call.result() for call in calls]
 
 

@@ -166,7 +166,7 @@ def test_micro_batches_interleave(tiny_moe: Path, checkpointing: bool, monkeypat
     expected = {name: value.grad for name, value in tensors(model).items()}
     model.zero_grad(set_to_none=True)
     events.clear()
-    losses = Interleaver().run([functools.partial(loss_of, ids) for ids in batches])
+    losses = Interleaver(device).run([functools.partial(loss_of, ids) for ids in batches])
     assert "".join(events) == "SSASASAA"
     events.clear()
     torch.add(*losses).backward()

@@ -27,7 +27,7 @@ Gradients = dict[str, Tensor]
 
 @pytest.fixture(scope="module")
 def interleaver() -> Interleaver:
-    return Interleaver()
+    return Interleaver(torch.device("cpu"))
 
 
 def micro_batches(count: int, seed: int = 1) -> list[Batch]:

@@ -6,7 +6,9 @@ in backward happens in reverse: its backward of `A0` submits, that of `a0` await
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from typing import Any
@@ -22,7 +24,7 @@ from kt_sft.offload.interleave import Interleaver
 
 @pytest.fixture(scope="module")
 def interleaver() -> Interleaver:
-    return Interleaver()
+    return Interleaver(torch.device("cpu"))
 
 
 class Noted(torch.autograd.Function):
@@ -136,6 +138,27 @@ class TestErrors:
         # What has not begun need not end.
         assert left == ([0] if (failing, turns) == (0, 0) else [failing, 1 - failing])
         self.check_next(interleaver)
+
+    def test_nothing_of_either_is_kept(self, interleaver: Interleaver) -> None:
+        """Who is out of memory, and tries again with less, must have it back."""
+        kept: list[weakref.ref[Tensor]] = []
+
+        def function(fails: bool) -> None:
+            activations = torch.ones(3)
+            kept.append(weakref.ref(activations))
+            hand_over()
+            if fails:
+                raise MemoryError("the accelerator is full")
+
+        gc.disable()
+        try:
+            interleaver.run([lambda: function(False), lambda: function(True)])
+        except MemoryError as error:
+            caught = str(error)
+        finally:
+            gc.enable()
+        assert caught == "the accelerator is full"
+        assert [reference() for reference in kept] == [None, None]
 
     def test_the_first_of_two_is_raised(self, interleaver: Interleaver) -> None:
         def function(error: Exception) -> None:
