@@ -156,6 +156,18 @@ class KTConfig(QuantizationConfigMixin):
         """How weights are stored, as keyword arguments of the engine's stores."""
         return {"expert_format": self.stored_format, "group_size": self.group_size, "zero_point": self.zero_point}
 
+    def check_compute(self, stored_format: str) -> None:
+        """Refuses products of integers for experts that are stored in a format without them.
+
+        Raises:
+            ConfigError: `compute` asks for them.
+        """
+        if self.compute == "int8" and stored_format not in INTEGER_FORMATS:
+            raise ConfigError(
+                f"kt_sft: compute 'int8' needs experts in {' or '.join(INTEGER_FORMATS)}, whose codes are integers; "
+                f"set expert_format to one of them, or compute: bf16 for {stored_format} experts"
+            )
+
     def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
         value = getattr(self, name)
         if value not in choices:
@@ -186,11 +198,8 @@ class KTConfig(QuantizationConfigMixin):
             raise ConfigError(f"kt_sft: {name} must be at most {most}, got {value}")
 
     def _check_available(self) -> None:
-        if self.compute == "int8" and self.stored_format not in INTEGER_FORMATS:
-            raise ConfigError(
-                f"kt_sft: compute 'int8' needs expert_format {' or '.join(INTEGER_FORMATS)}, whose codes are integers; "
-                f"use bf16 for {self.stored_format} experts"
-            )
+        if self.expert_format != "auto":
+            self.check_compute(self.expert_format)
         if self.zero_point and self.stored_format != "int4":
             raise ConfigError(
                 f"kt_sft: zero_point applies to expert_format int4 only; leave it out for {self.stored_format} experts"

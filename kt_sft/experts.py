@@ -91,12 +91,14 @@ class CpuExperts(nn.Module):
             down_bias: [E, H].
 
         Raises:
-            ValueError: Shapes do not fit each other, a value is not finite, or `config` asks for mapped weights.
+            ValueError: Shapes do not fit each other, a value is not finite, or `config` asks for mapped weights, or for
+                products of integers where codes are none.
             TypeError: A dtype is not supported.
         """
         config = config or KTConfig()
         if config.store == "mapped":
             raise ValueError("kt_sft: store 'mapped' is for checkpoints; weights in memory are copied, so leave it out")
+        config.check_compute(config.stored_format)
         experts, hidden, intermediate = _check_shapes(gate_up_proj, down_proj)
         gated = gate_up_proj.shape[1] == 2 * intermediate
         store = LayerStore(

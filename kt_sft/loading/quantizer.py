@@ -123,6 +123,8 @@ class KTQuantizer(HfQuantizer):
         conversions = get_model_conversion_mapping(model, key_mapping, self)
         self._plans = plan_experts(model, layouts, checkpoint, conversions)
         self._storages = {plan.name: resolve_storage(plan, self._config) for plan in self._plans}
+        for storage in self._storages.values():
+            self._config.check_compute(storage["expert_format"])
         self._dense = plan_dense(model, checkpoint.tensors, self._plans, conversions)
         self._device_map = device_map
         self._identity = checkpoint.identity()

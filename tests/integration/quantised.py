@@ -154,7 +154,7 @@ def _to_int4(
     else:
         low, high = groups.amin(dim=2).clamp(max=0), groups.amax(dim=2).clamp(min=0)
         scales = ((high - low) / 15).to(dtype)
-        zeros = (-low / scales.double()).round().clamp(1, 15).long()  # 0 cannot be written by GPTQ's first layout
+        zeros = (-low / scales.double()).round().clamp(0, 15).long()
     codes = (groups / scales.double().unsqueeze(2)).round().long() + zeros.unsqueeze(2)
     codes = codes.clamp(0, 15)
     values = (codes - zeros.unsqueeze(2)) * scales.double().unsqueeze(2)
@@ -202,13 +202,17 @@ def write_compressed_int4(
 
 
 def write_gptq(folder: Path, *, group: int | None = 32, symmetric: bool = True, form: str | None = None) -> Values:
-    """Qwen3-30B-A3B-GPTQ-Int4: attention and experts; with `symmetric`, stored zeros are 7 (of gptq_v2, 8)."""
+    """Qwen3-30B-A3B-GPTQ-Int4: attention and experts; with `symmetric`, stored zeros are 7 (of gptq_v2, 8).
+
+    As GPTQModel packs them (pack_original of nn_modules/qlinear, and convert_gptq_v2_to_v1_format_module, which takes
+    the one off whole words).
+    """
     tensors, values = load_file(folder / "model.safetensors"), {}
     for key in [key for key, value in tensors.items() if is_dense_linear(key, value)]:
         weight, stem = tensors.pop(key), key.removesuffix(".weight")
         codes, scales, zeros, values[key] = _to_int4(weight, group, symmetric, torch.float16)
         tensors[f"{stem}.qweight"] = pack_columns(codes).T
-        tensors[f"{stem}.qzeros"] = pack_columns(zeros.T - (0 if form == "gptq_v2" else 1))
+        tensors[f"{stem}.qzeros"] = pack_columns(zeros.T) - (0 if form == "gptq_v2" else 0x11111111)
         tensors[f"{stem}.scales"] = scales.T
         tensors[f"{stem}.g_idx"] = (torch.arange(weight.shape[1]) // (group or weight.shape[1])).to(torch.int32)
     config = {"quant_method": "gptq", "bits": 4, "group_size": group or -1, "sym": symmetric, "desc_act": False}
@@ -218,7 +222,7 @@ def write_gptq(folder: Path, *, group: int | None = 32, symmetric: bool = True, 
 
 
 def write_awq(folder: Path, *, group: int = 32) -> Values:
-    """Qwen3-30B-A3B-AWQ: attention and experts."""
+    """Qwen3-30B-A3B-AWQ: attention and experts, as AutoAWQ packs them (WQLinear_GEMM.from_linear)."""
     tensors, values = load_file(folder / "model.safetensors"), {}
     order = (0, 2, 4, 6, 1, 3, 5, 7)
     for key in [key for key, value in tensors.items() if is_dense_linear(key, value)]:

@@ -70,6 +70,9 @@ def publish(name: str, folder: Path) -> tuple[nn.Module, quantised.Values]:
     with torch.no_grad():
         for value in model.parameters():
             value.normal_(0.05, 0.2)
+        for key, value in model.named_parameters():
+            if "_proj" in key:
+                value[..., ::5, :32].abs_()  # groups whose zero is 0
     model.save_pretrained(folder)
     return model.float(), write(folder, **settings)
 
@@ -128,6 +131,24 @@ def test_another_format_is_quantised_from_the_values(name: str, tmp_path: Path) 
     direct = kt_sft.CpuExperts.from_weights(*experts_of(values, layer), config=config)
     for loaded, expected in zip(stores(ours)[0].dequantized(), direct.dequantized(), strict=True):
         assert torch.equal(loaded, expected)
+
+
+@pytest.mark.parametrize("name", ["Kimi-K2-Thinking", "Qwen3-AWQ"])
+def test_products_of_integers_need_no_format_said(name: str, tmp_path: Path) -> None:
+    publish(name, tmp_path)
+    ids = torch.arange(96).reshape(1, -1)
+
+    results = [load(tmp_path, compute="int8", **settings)(ids).logits for settings in ({}, {"expert_format": "int4"})]
+
+    assert torch.equal(*results)
+    assert not torch.equal(results[0], load(tmp_path)(ids).logits)
+
+
+def test_products_of_integers_of_other_checkpoints_are_refused(tiny_moe: Path) -> None:
+    with pytest.raises(ConfigError, match=r"compute 'int8' needs experts in int8 or int4, .* bf16 for bf16 experts"):
+        load(tiny_moe, compute="int8")
+    with pytest.raises(ConfigError, match="compute 'int8' needs experts in int8 or int4"):
+        kt_sft.CpuExperts.from_weights(torch.zeros(2, 8, 4), torch.zeros(2, 4, 4), config=KTConfig(compute="int8"))
 
 
 @pytest.mark.parametrize("name", ["Kimi-K2-Thinking", "Qwen3-GPTQ", "Qwen3-AWQ"])

@@ -3,7 +3,8 @@
 GPTQ (AutoGPTQ, GPTQModel), for a matrix of [rows, columns]: `qweight` [columns / 8, rows] int32 holds eight
 neighbouring columns each, the first in the lowest bits; `scales` [groups, rows]; `qzeros` [groups, rows / 8], packed
 likewise along rows, each one less than the zero (`checkpoint_format: gptq_v2`: the zero itself); `g_idx` [columns], the
-group of each column. https://github.com/ModelCloud/GPTQModel
+group of each column. The one is taken off, and has to be added, in the packed words: where a zero is 0, it is borrowed
+from the row beside it. https://github.com/ModelCloud/GPTQModel, utils/model.py, convert_gptq_v1_to_v2_format_module
 
 AWQ (AutoAWQ, `version: gemm`): `qweight` [columns, rows / 8] int32 holds eight neighbouring rows each, from the lowest
 bits on rows 0, 2, 4, 6, 1, 3, 5, 7 of them; `qzeros` [groups, rows / 8] in the same order; `scales` [groups, rows].
@@ -26,6 +27,8 @@ from kt_sft.loading.sources.int4 import SCALES, Int4Entry, fold_each
 
 #: Where AWQ puts rows 0 to 7 of eight, counted in codes from the lowest bits.
 _AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
+#: A one in each of eight codes.
+_ONES = 0x11111111
 _CODES, _PARTS = "qweight", ("scales", "qzeros", "g_idx")
 
 
@@ -51,9 +54,9 @@ class TurnedInt4(Int4Entry):
 
 @dataclass(frozen=True)
 class GptqInt4(TurnedInt4):
-    """GPTQ's; `zero_offset` is what has to be added to a stored zero."""
+    """GPTQ's; `one_less` says that stored zeros are."""
 
-    zero_offset: int
+    one_less: bool
 
     def codes(self) -> Tensor:
         """Eight columns at a time, turned."""
@@ -69,7 +72,10 @@ class GptqInt4(TurnedInt4):
         Raises:
             CheckpointError: The config says that there are none, and one is not 8.
         """
-        stored = unpacked(read_matrix(self.parts["zeros"]).view(torch.uint8)).T.contiguous() + self.zero_offset
+        words = read_matrix(self.parts["zeros"])
+        if self.one_less:
+            words = words + _ONES  # modulo 2^32, as it was taken off
+        stored = unpacked(words.view(torch.uint8)).T.contiguous()
         if self.zero_point:
             return stored
         if bool((stored != 8).any()):
@@ -104,7 +110,7 @@ def _awq_rows(stored: Tensor) -> Tensor:
 
 
 def fold_gptq(
-    tensors: dict[str, TensorEntry], group: int | None, symmetric: bool, zero_offset: int
+    tensors: dict[str, TensorEntry], group: int | None, symmetric: bool, one_less: bool
 ) -> dict[str, TensorEntry]:
     """Puts the tensors of GPTQ weights together; what is not quantised stays as it is.
 
@@ -112,7 +118,7 @@ def fold_gptq(
         tensors: By key.
         group: Columns that share a scale; None: whole rows.
         symmetric: Whether every zero is 8.
-        zero_offset: What has to be added to a stored zero.
+        one_less: Whether stored zeros are one less than the zeros.
 
     Raises:
         CheckpointError: A tensor of a weight is missing, or of the wrong dtype or shape; columns are grouped by the
@@ -128,7 +134,7 @@ def fold_gptq(
             parts["g_idx"] = tensors[f"{stem}.g_idx"]
             _check_order(parts["g_idx"], columns, group or columns)
         facts = (f"{stem}.weight", codes.path, "INT4", (rows, columns), 0, codes.nbytes)
-        return GptqInt4(*facts, parts, group, not symmetric, zero_offset)
+        return GptqInt4(*facts, parts, group, not symmetric, one_less)
 
     return fold_each(tensors, _CODES, entry, _PARTS)
 

@@ -124,8 +124,8 @@ def _gptq(quantization: Mapping[str, Any]) -> Any:
     if form not in ("gptq", "gptq_v2"):
         raise _refuse("gptq", f"checkpoint_format {form!r}")
     group = _group(quantization.get("group_size"), "gptq")
-    symmetric, offset = bool(quantization.get("sym", True)), 1 if form == "gptq" else 0
-    return lambda tensors: gptq.fold_gptq(tensors, group, symmetric, offset)
+    symmetric = bool(quantization.get("sym", True))
+    return lambda tensors: gptq.fold_gptq(tensors, group, symmetric, one_less=form == "gptq")
 
 
 def _awq(quantization: Mapping[str, Any]) -> Any:
