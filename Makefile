@@ -37,7 +37,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install quickstart example test test-cxx test-python test-emulated lint format sanitize bench clean distclean
+.PHONY: help install quickstart example walkthrough test test-cxx test-python test-emulated lint format sanitize bench clean distclean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' Makefile
@@ -70,6 +70,9 @@ quickstart: $(INSTALLED)  ## From nothing to a tuned model, compared with stock 
 # It asks over HTTP with the openai client, which the tests bring.
 example: $(DEVELOP)  ## Train LoRA on experts, reload it in plain PEFT, merge, serve, ask
 	$(BIN)/python scripts/expert_lora_example.py
+
+walkthrough: $(INSTALLED)  ## Plan, quantize, train, export and chat, from an FP8 and an MXFP4 checkpoint
+	$(BIN)/python scripts/walkthrough.py
 
 bench: $(INSTALLED)  ## Measure the expert engine on this machine
 	$(BIN)/kt-sft bench $(BENCH_ARGS)

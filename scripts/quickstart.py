@@ -118,7 +118,7 @@ def ask_tuned(options: Options, recipe: dict[str, Any]) -> dict[str, str]:
         ["--arguments", str(arguments), "--question", example.prompt, "--out", str(answer)],
         options.logs / "chat.log",
     )
-    return json.loads(answer.read_text())
+    return json.loads(answer.read_text())[0]
 
 
 def evaluate_models(options: Options) -> dict[str, dict[str, float]]:
