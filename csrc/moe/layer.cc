@@ -52,14 +52,24 @@ void LoadFiniteRow(const SourceMatrix& source, int64_t first_row, int64_t row, i
   }
 }
 
-// Whether every BF16 value of a contiguous run is finite.
+// So much is read at a time, and looked at while the second-level cache still has it.
+constexpr int64_t kPiece = int64_t{256} << 10;
+
+// Whether every BF16 value of a contiguous run is finite. What is gathered is as wide as the values, for vectors.
 bool AllFinite(const uint8_t* values, int64_t count) {
-  uint32_t bad = 0;
+  uint16_t bad = 0;
   for (int64_t i = 0; i < count; ++i) {
     uint16_t value;
     std::memcpy(&value, values + 2 * i, 2);
-    bad |= (value & 0x7f80u) == 0x7f80u;
+    bad = static_cast<uint16_t>(bad | ((value & 0x7f80u) == 0x7f80u ? 1 : 0));
   }
+  return bad == 0;
+}
+
+// Whether every FP8 code of a contiguous run is a number.
+bool AllNumbers(const uint8_t* codes, int64_t count) {
+  uint8_t bad = 0;
+  for (int64_t i = 0; i < count; ++i) bad = static_cast<uint8_t>(bad | ((codes[i] & 0x7f) == 0x7f ? 1 : 0));
   return bad == 0;
 }
 
@@ -186,9 +196,13 @@ void ExpertLayer::ReadFile(Matrix matrix, int64_t expert, const std::string& pat
   if (storage_.format == Format::kBf16 && layout.type == DType::kBf16 && layout.column_stride == 1 &&
       layout.row_stride == width) {
     uint8_t* const out = WritableBase(matrix, expert);
-    ReadExactly(file, path, offset, out, height * width * 2);
-    if (!AllFinite(out, height * width))
-      return Write(matrix, expert, {out, DType::kBf16, width, 1});  // names the place
+    bool finite = true;
+    for (int64_t at = 0; at < height * width * 2; at += kPiece) {
+      const int64_t some = std::min(kPiece, height * width * 2 - at);
+      ReadExactly(file, path, offset + at, out + at, some);
+      finite = AllFinite(out + at, some / 2) && finite;
+    }
+    if (!finite) return Write(matrix, expert, {out, DType::kBf16, width, 1});  // names the place
     return MarkWritten(matrix, expert);
   }
   if (layout.column_stride <= layout.row_stride) {
@@ -218,6 +232,7 @@ void ExpertLayer::WriteCodes(Matrix matrix, int64_t expert, const SourceCodes& s
   uint8_t* const to = WritableBase(matrix, expert);
   for (int64_t r = 0; r < rows(matrix); ++r)
     std::memcpy(to + r * bytes, source.codes + r * source.row_stride, static_cast<size_t>(bytes));
+  CheckCodes(matrix, to);
   FinishCodes(matrix, expert, source);
 }
 
@@ -228,7 +243,13 @@ void ExpertLayer::ReadCodes(Matrix matrix, int64_t expert, const std::string& pa
   const int64_t height = rows(matrix), bytes = storage_.row_bytes(columns(matrix)), stride = layout.row_stride;
   uint8_t* const to = WritableBase(matrix, expert);
   if (stride == bytes) {
-    ReadExactly(file, path, offset, to, height * bytes);
+    bool numbers = true;
+    for (int64_t at = 0; at < height * bytes; at += kPiece) {
+      const int64_t some = std::min(kPiece, height * bytes - at);
+      ReadExactly(file, path, offset + at, to + at, some);
+      numbers = (shape_.format != Format::kFp8 || AllNumbers(to + at, some)) && numbers;
+    }
+    if (!numbers) CheckCodes(matrix, to);  // names the place
     return FinishCodes(matrix, expert, layout);
   }
   const int64_t rows_at_once = std::max<int64_t>(1, (int64_t{4} << 20) / stride);
@@ -240,22 +261,23 @@ void ExpertLayer::ReadCodes(Matrix matrix, int64_t expert, const std::string& pa
     for (int64_t i = 0; i < count; ++i)
       std::memcpy(to + (r + i) * bytes, buffer.data() + i * stride, static_cast<size_t>(bytes));
   }
+  CheckCodes(matrix, to);
   FinishCodes(matrix, expert, layout);
+}
+
+void ExpertLayer::CheckCodes(Matrix matrix, const uint8_t* codes) const {
+  const int64_t height = rows(matrix), width = columns(matrix);
+  if (shape_.format != Format::kFp8 || AllNumbers(codes, height * width)) return;
+  int64_t bad = 0;
+  while (AllNumbers(codes + bad, 1)) ++bad;
+  throw std::invalid_argument("row " + std::to_string(bad / width) + ", column " + std::to_string(bad % width) +
+                              " is no number");
 }
 
 void ExpertLayer::FinishCodes(Matrix matrix, int64_t expert, const SourceCodes& source) {
   const int64_t height = rows(matrix), width = columns(matrix);
   uint8_t* const base = WritableBase(matrix, expert);
   const MatrixView w = storage_.view(base, height, width);
-  if (shape_.format == Format::kFp8) {
-    uint32_t bad = 0;
-    for (int64_t i = 0; i < height * width; ++i) bad |= static_cast<uint32_t>((base[i] & 0x7f) == 0x7f);
-    for (int64_t i = 0; bad != 0 && i < height * width; ++i) {
-      if ((base[i] & 0x7f) != 0x7f) continue;
-      throw std::invalid_argument("row " + std::to_string(i / width) + ", column " + std::to_string(i % width) +
-                                  " is no number");
-    }
-  }
   TakeScales(matrix, source, w, base + (w.scales - base), w.zeros == nullptr ? nullptr : base + (w.zeros - base));
   MarkWritten(matrix, expert);
 }

@@ -136,7 +136,9 @@ class ExpertLayer {
   void CheckKind(const SourceCodes& source) const;
   // Stores the scales and zero points of a matrix where its view `w` has them, which `scales` and `zeros` are.
   void TakeScales(Matrix matrix, const SourceCodes& source, const MatrixView& w, uint8_t* scales, uint8_t* zeros) const;
-  // Checks the stored codes of a matrix, stores its scales and zero points, and marks it as written.
+  // Throws std::invalid_argument, naming the place, where a stored code is no number.
+  void CheckCodes(Matrix matrix, const uint8_t* codes) const;
+  // Stores the scales and zero points of a matrix whose codes are stored, and marks it as written.
   void FinishCodes(Matrix matrix, int64_t expert, const SourceCodes& source);
   // Bytes that a matrix takes, the last cache line in full.
   int64_t MatrixBytes(Matrix matrix) const;

@@ -290,10 +290,8 @@ def read_span(entry: TensorEntry, start: int, count: int) -> Tensor:
         CheckpointError: The file cannot be read or ends early.
     """
     dtype = STORED_DTYPES[entry.dtype_name]
-    data = bytearray(count * dtype.itemsize)
-    if not data:
-        return torch.empty(0, dtype=dtype, device="cpu")
-    place, filled = entry.offset + start * dtype.itemsize, memoryview(data)
+    data = torch.empty(count * dtype.itemsize, dtype=torch.uint8, device="cpu")
+    place, filled = entry.offset + start * dtype.itemsize, memoryview(data.numpy())
     try:
         descriptor = os.open(entry.path, os.O_RDONLY | os.O_CLOEXEC)
         try:
@@ -306,7 +304,7 @@ def read_span(entry: TensorEntry, start: int, count: int) -> Tensor:
             os.close(descriptor)
     except OSError as error:
         raise CheckpointError(f"{entry.path}: tensor {entry.key} cannot be read ({error.strerror})") from error
-    return torch.frombuffer(data, dtype=dtype)
+    return data.view(dtype)
 
 
 def read_matrix(entry: TensorEntry, matrix: int = 0) -> Tensor:
