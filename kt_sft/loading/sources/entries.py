@@ -291,7 +291,7 @@ def read_span(entry: TensorEntry, start: int, count: int) -> Tensor:
     """
     dtype = STORED_DTYPES[entry.dtype_name]
     data = torch.empty(count * dtype.itemsize, dtype=torch.uint8, device="cpu")
-    place, filled = entry.offset + start * dtype.itemsize, memoryview(data.numpy())
+    place, filled = entry.offset + start * dtype.itemsize, data.numpy().data
     try:
         descriptor = os.open(entry.path, os.O_RDONLY | os.O_CLOEXEC)
         try:
