@@ -121,7 +121,7 @@ def facts_of(
         {plan.name: plan.layout for plan in plans},
         storages,
         _slots(model.config),
-        obstacle(plans, setup.settings),
+        obstacle(plans, storages),
         tuple(notes),
     )
 
