@@ -139,8 +139,8 @@ class Submit(torch.autograd.Function):
         """Takes the number of the backward; gives the gradients that the engine has computed for it."""
         pending = ctx.link.backwards.pop(int(number))
         meter, idx_TK = ctx.link.experts.meter, pending.idx_TK
+        ticket = pending.submission.ticket()
         with explained("backward", idx_TK.shape[0]):
-            ticket = pending.submission.ticket()
             wait(meter, ticket, pending.submitted, idx_TK, is_backward=True, recomputes=pending.recomputes)
         x_grad, w_grad, operand_grads = pending.gradients()
         if w_grad is not None:

@@ -38,10 +38,12 @@ class Stream:
     Args:
         eager: Runs what it is given at once, as a stream seems to where torch computes on the CPU; waiting for an event
             then lets the other streams run until it completes.
+        speed: Relative to the others'.
     """
 
-    def __init__(self, eager: bool = False) -> None:
+    def __init__(self, eager: bool = False, speed: float = 1.0) -> None:
         self.eager = eager
+        self.speed = speed
         self.operations: deque[tuple[Event | None, Callable[[], None]]] = deque()
 
     @property
@@ -79,7 +81,7 @@ class SimulatedDevice:
         return [self.current_stream()]
 
     def new_stream(self) -> Stream:
-        self.streams.append(Stream())
+        self.streams.append(Stream(speed=self.random.choice([0.01, 0.1, 1.0])))
         return self.streams[-1]
 
     @contextmanager
@@ -161,7 +163,8 @@ class SimulatedDevice:
     def _step(self) -> bool:
         ready = [stream for stream in self.streams if stream.is_ready]
         if ready:
-            _, function = self.random.choice(ready).operations.popleft()
+            (stream,) = self.random.choices(ready, [stream.speed for stream in ready])
+            _, function = stream.operations.popleft()
             function()
         return bool(ready)
 

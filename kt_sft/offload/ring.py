@@ -55,6 +55,12 @@ class PinnedRing:
         with self._lock:
             return sum(self._lent.values()) + sum(memory.nbytes for memory, _ in self._idle)
 
+    @property
+    def lent(self) -> int:
+        """How many buffers passes have."""
+        with self._lock:
+            return len(self._lent)
+
     def take(self, nbytes: int) -> Buffer:
         """A buffer of at least that size.
 

@@ -133,11 +133,11 @@ class DeviceCrossing:
                 torch.empty(place.shape, dtype=place.dtype, device="cpu") if mine is None else mine
                 for mine, place in zip(in_buffer, places, strict=True)
             ]
-        # Taken now, in the order of the present stream, or results would have to wait for what it is given meanwhile.
+        # Taken now: what used this memory before is done when the sources have arrived. Taken later, results would have
+        # to wait for what the present stream is given meanwhile.
         self._targets = [None if place is None else accelerator.empty(place.shape, place.dtype) for place in staged]
         self._stream = accelerator.current_stream()
-        self._ready = accelerator.record(self._stream)
-        accelerator.wait(transfers.to_host, self._ready)
+        accelerator.wait(transfers.to_host, accelerator.record(self._stream))
         with accelerator.on(transfers.to_host):
             for target, source in zip(self.sources, converted, strict=True):
                 accelerator.copy(target, source)
@@ -184,7 +184,6 @@ class DeviceCrossing:
         for given, mine, target in zip(results, self.results, self._targets, strict=True):
             if target is not None and given is not mine:
                 mine.copy_(given)
-        accelerator.wait(transfers.to_device, self._ready)
         with accelerator.on(transfers.to_device):
             for mine, target in zip(self.results, self._targets, strict=True):
                 if target is not None:
