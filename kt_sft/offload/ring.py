@@ -45,15 +45,15 @@ class PinnedRing:
         self._accelerator = accelerator
         self._lock = threading.RLock()  # a buffer may be freed, by its last owner, while this thread is in here
         self._idle: list[tuple[Tensor, Any]] = []  # (memory, event of the last copy from it), oldest first
-        self._lent: dict[int, int] = {}  # bytes by number
+        self._lent: dict[int, tuple[int, int]] = {}  # by number: bytes of the buffer, and those that were asked for
         self._taken = 0
-        self._most = self._most_before = 0  # bytes lent at the same time, in this window and in the one before
+        self._most = self._most_before = 0  # bytes asked for at the same time, in this window and in the one before
 
     @property
     def nbytes(self) -> int:
         """Of all buffers, those lent and those kept."""
         with self._lock:
-            return sum(self._lent.values()) + sum(memory.nbytes for memory, _ in self._idle)
+            return sum(has for has, _ in self._lent.values()) + sum(memory.nbytes for memory, _ in self._idle)
 
     @property
     def lent(self) -> int:
@@ -68,19 +68,19 @@ class PinnedRing:
         """
         size = max(_LEAST_BYTES, 1 << (nbytes - 1).bit_length() if nbytes else 0)
         with self._lock:
+            self._taken += 1
+            if self._taken % _WINDOW == 0:
+                self._end_window()
             memory = self._idle_buffer(size)
             if memory is None:
                 memory = self._make_room(size)
             if memory is None:
                 with torch.inference_mode(False):  # it outlives the mode that it may be taken in
                     memory = self._accelerator.pinned(size)
-            self._taken += 1
             buffer = Buffer(memory, self._taken)
-            self._lent[buffer.number] = memory.nbytes
+            self._lent[buffer.number] = memory.nbytes, size
             weakref.finalize(buffer, self._forget, buffer.number).atexit = False
-            self._most = max(self._most, sum(self._lent.values()))
-            if self._taken % _WINDOW == 0:
-                self._end_window()
+            self._most = max(self._most, self._in_flight())
         return buffer
 
     def give_back(self, buffer: Buffer, event: Any) -> None:
@@ -93,6 +93,9 @@ class PinnedRing:
         with self._lock:
             self._forget(buffer.number)
             self._idle.append((buffer.memory, event))
+
+    def _in_flight(self) -> int:
+        return sum(wanted for _, wanted in self._lent.values())
 
     def _forget(self, number: int) -> None:
         with self._lock:
@@ -113,8 +116,7 @@ class PinnedRing:
         Returns:
             One of them, where it is large enough.
         """
-        lent = sum(self._lent.values()) + size
-        bound = _ROOM * max(lent, self._most, self._most_before)
+        bound = _ROOM * max(self._in_flight() + size, self._most, self._most_before)
         found = None
         given_up = False
         while self._idle and found is None and self.nbytes + size > bound:
@@ -132,7 +134,7 @@ class PinnedRing:
     def _end_window(self) -> None:
         """Gives up what the passes of two windows have not needed at the same time."""
         bound = _ROOM * max(self._most, self._most_before)
-        self._most_before, self._most = self._most, sum(self._lent.values())
+        self._most_before, self._most = self._most, self._in_flight()
         before = len(self._idle)
         for entry in sorted(self._idle, key=lambda entry: -entry[0].nbytes):
             if self.nbytes <= bound:

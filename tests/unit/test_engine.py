@@ -87,6 +87,22 @@ def test_a_forked_child_starts_its_own_engine():
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
+def test_a_forked_child_cannot_wait_for_its_parents_work():
+    """The threads that would do it are not there: an error instead of a wait for ever."""
+    layer = kt_sft.CpuExperts.from_weights(torch.randn(2, 8, 6), torch.randn(2, 6, 4))
+    forked = []
+    layer.beside = lambda _: forked.append(os.fork())
+    said = ""
+    try:
+        layer(torch.randn(3, 6), torch.tensor([[0], [1], [0]]), torch.ones(3, 1))
+    except RuntimeError as error:
+        said = str(error)
+    if forked == [0]:
+        os._exit(0 if "a forked child has none of the threads" in said else 1)
+    assert said == ""
+    assert os.waitstatus_to_exitcode(os.waitpid(forked[0], 0)[1]) == 0
+
+
 def test_a_forked_child_exits_in_order():
     """Tearing the interpreter down must not wait for threads that only the parent has."""
     program = """
