@@ -139,9 +139,11 @@ class Submit(torch.autograd.Function):
         """Takes the number of the backward; gives the gradients that the engine has computed for it."""
         pending = ctx.link.backwards.pop(int(number))
         meter, idx_TK = ctx.link.experts.meter, pending.idx_TK
+        asked = time.monotonic()
         ticket = pending.submission.ticket()
+        noted = {"asked": asked, "is_backward": True, "recomputes": pending.recomputes}
         with explained("backward", idx_TK.shape[0]):
-            wait(meter, ticket, pending.submitted, idx_TK, is_backward=True, recomputes=pending.recomputes)
+            wait(meter, ticket, pending.submitted, idx_TK, **noted)
         x_grad, w_grad, operand_grads = pending.gradients()
         if w_grad is not None:
             w_grad = w_grad.to(ctx.weights_dtype)
@@ -165,13 +167,14 @@ class Await(torch.autograd.Function):
         assert crossing is not None
         assert submission is not None
         ctx.link = link
+        asked = time.monotonic()
         try:
             ticket = submission.ticket()
             tensors = link.tensors
             assert tensors is not None
             if ticket is not None:
                 with explained("forward", tensors.idx_TK.shape[0]):
-                    wait(link.experts.meter, ticket, link.submitted, tensors.idx_TK)
+                    wait(link.experts.meter, ticket, link.submitted, tensors.idx_TK, asked=asked)
         finally:
             link.crossing = link.submission = link.tensors = None
         # Pre-activations may be given up before backward, which then needs hidden states. Shapes do not depend on the
