@@ -219,8 +219,9 @@ class CpuExperts(nn.Module):
         lasting = idx_TK, w_TK
         if link.wanted or is_kept:
             lasting = crossing.keep(idx_TK), crossing.keep(w_TK)
-        key = CallKey.of(x_TH, *lasting, link.operands, link.dropout) if is_kept else None
-        result = None if key is None else recall(self, key)
+        is_first = will_be_called_again()
+        is_again = is_kept and not is_first
+        result = recall(self, CallKey.of(x_TH, *lasting, link.operands, link.dropout)) if is_again else None
         if result is not None:
             x_TH = crossing.keep(x_TH) if link.wanted else x_TH
             link.tensors = CallTensors(x_TH, *lasting, result.y_TH.detach(), result.retained)
@@ -230,7 +231,8 @@ class CpuExperts(nn.Module):
         retained = self._retained(*lasting, retains=bool(link.wanted))
         (y_TH,) = crossing.results
         ticket = self._submit(link, x_TH, idx_TK, w_TK, y_TH, retained)
-        # The engine is at work by now: a copy for backward costs no time of its own.
+        # The engine is at work by now: what follows costs no time of its own.
+        key = CallKey.of(x_TH, *lasting, link.operands, link.dropout) if is_kept and is_first else None
         x_TH = crossing.keep(x_TH) if link.wanted else x_TH
         link.tensors = CallTensors(x_TH, *lasting, y_TH, retained, key)
         return ticket

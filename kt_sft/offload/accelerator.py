@@ -66,7 +66,12 @@ class Accelerator(Protocol):
 
 
 class TorchAccelerator:
-    """A device that torch knows: CUDA, ROCm, XPU, NPU."""
+    """A device that torch knows: CUDA, ROCm, XPU, NPU.
+
+    Everything goes through what torch offers for all of them. The engine could be started in stream order, without the
+    host's thread and its look at events, by a host function of CUDA that is put into the stream after the copies
+    (cudaLaunchHostFunc); `synchronize` is where that would come in. It is left out as nobody could run it.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -81,11 +86,12 @@ class TorchAccelerator:
 
     def streams_of_results(self) -> list[torch.Stream]:
         """The current stream, and the default one: autograd continues from there after nodes without a device."""
-        streams = [self.current_stream()]
-        default = getattr(torch.get_device_module(self.device), "default_stream", None)
-        if default is not None and default(self.device) != streams[0]:
-            streams.append(default(self.device))
-        return streams
+        current = self.current_stream()
+        default_stream = getattr(torch.get_device_module(self.device), "default_stream", None)
+        if default_stream is None:
+            return [current]
+        default = default_stream(self.device)
+        return [current] if default.stream_id == current.stream_id else [current, default]
 
     def new_stream(self) -> torch.Stream:
         """As in `Accelerator`."""

@@ -52,7 +52,12 @@ class Submitter:
         self._accelerator = accelerator
         self._posted: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._loop, name="kt_sft-submit", daemon=True)
+        # What it copies, it copies alone: an OpenMP pool of its own would take CPUs from the engine. torch notes the
+        # number for threads to come, too, so it is put back.
+        threads, self._is_alone = torch.get_num_threads(), threading.Event()
         self._thread.start()
+        self._is_alone.wait()
+        torch.set_num_threads(threads)
 
     def post(self, arrived: Any, job: Callable[[], Any]) -> Submission:
         """Calls `job` when the event `arrived` has completed, in this thread's context."""
@@ -77,6 +82,9 @@ class Submitter:
         self._thread.join(_PATIENCE)
 
     def _loop(self) -> None:
+        torch.get_num_threads()  # a thread takes over the common number when it first needs one
+        torch.set_num_threads(1)
+        self._is_alone.set()
         while (run := self._posted.get()) is not None:
             run()
             del run  # what it refers to must not live until the next one comes

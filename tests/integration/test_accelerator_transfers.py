@@ -109,7 +109,7 @@ def test_checkpointed_pieces_give_the_bits_of_the_cpu(use_reentrant: bool) -> No
         assert_same(model.step(run), expected)
 
 
-def test_a_step_on_a_stream_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_on_a_stream_of_its_own() -> None:
     expected = Model(torch.device("cpu"), torch.bfloat16).step()
     model = Model(device(), torch.bfloat16)
     torch.accelerator.synchronize()
@@ -117,7 +117,7 @@ def test_a_step_on_a_stream_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(5):
         with stream:
             results = model.step()
-        stream.synchronize()
+        torch.accelerator.synchronize()  # wherever autograd has put gradients together
         assert_same(results, expected)
 
 

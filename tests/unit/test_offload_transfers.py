@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import gc
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -289,6 +290,21 @@ def test_an_index_out_of_range_is_an_error_of_the_call(monkeypatch: pytest.Monke
         with pytest.raises(IndexError, match=f"top_k_index holds {E + 4}; valid are 0 to {E - 1}"):
             layer(x, wrong, w)
         assert layer(x, idx, w).isfinite().all()
+
+
+def test_the_submitter_takes_no_cpus_from_the_engine() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    device = SimulatedDevice(0)
+    submitter = Submitter(device)
+    try:
+        assert submitter.post(device.record(device.model_stream), torch.get_num_threads).ticket() == 1
+        assert torch.get_num_threads() == 3
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(torch.get_num_threads).result() == 3
+    finally:
+        submitter.stop()
+        torch.set_num_threads(before)
 
 
 def test_a_submitter_that_ended_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
