@@ -43,19 +43,18 @@ class HeldTicket {
   HeldTicket& operator=(const HeldTicket&) = delete;
 
   // Signals are looked at meanwhile, so that Ctrl-C ends a wait for an engine that hangs.
-  void Wait() {
+  void Wait(double interval, int looks) {
     if (getpid() != creator_) {
       throw std::runtime_error(
           "kt_sft: a forked child has none of the threads that work on this; submit it there, or fork before");
     }
     const py::gil_scoped_release release;
-    engine_.Wait(
-        *ticket_,
-        [] {
-          const py::gil_scoped_acquire acquire;
-          if (PyErr_CheckSignals() != 0) throw py::error_already_set();
-        },
-        Engine::Patience());
+    engine_.Wait(*ticket_,
+                 [] {
+                   const py::gil_scoped_acquire acquire;
+                   if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+                 },
+                 {std::chrono::milliseconds(static_cast<int64_t>(interval * 1000)), looks});
   }
   bool done() const { return ticket_->done(); }
   std::pair<double, double> Span() const {
@@ -319,7 +318,10 @@ void BindLayer(py::module_& m) {
 
 void BindEngine(py::module_& m) {
   py::class_<HeldTicket>(m, "Ticket")
-      .def("wait", &HeldTicket::Wait)
+      .def(
+          "wait", &HeldTicket::Wait, py::kw_only(), py::arg("interval") = Engine::Patience().interval.count() / 1e3,
+          py::arg("looks") = Engine::Patience().looks,
+          "Waits for the work; an error where the engine does nothing between `looks` looks, `interval` seconds apart.")
       .def_property_readonly("done", &HeldTicket::done)
       .def_property_readonly("span", &HeldTicket::Span, "(start, end) of the work in seconds of time.monotonic().");
 

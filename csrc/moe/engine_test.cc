@@ -112,6 +112,7 @@ TEST(ASlowEngineIsNotTakenForOneThatStandsStill) {
   Engine engine(2, {}, *KernelsOf(FastestTiers()));
   std::vector<std::promise<void>> released(kJobs);
   std::vector<std::shared_ptr<Ticket>> tickets;
+  tickets.reserve(kJobs);
   for (int i = 0; i < kJobs; ++i) tickets.push_back(engine.Submit([&, i] { released[i].get_future().wait(); }));
   size_t next = 0;  // each look finds one more job done, far more of them than patience lasts
   const auto go_on = [&] {
