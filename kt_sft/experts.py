@@ -226,7 +226,7 @@ class CpuExperts(nn.Module):
             x_TH = crossing.keep(x_TH) if link.wanted else x_TH
             link.tensors = CallTensors(x_TH, *lasting, result.y_TH.detach(), result.retained)
             return None
-        if link.wanted and crossing.is_copied and not will_be_called_again():
+        if link.wanted and crossing.is_copied and not is_first:
             self.count(x_TH, link)  # a copy, kept for backward
         retained = self._retained(*lasting, retains=bool(link.wanted))
         (y_TH,) = crossing.results

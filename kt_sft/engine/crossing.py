@@ -72,6 +72,10 @@ class Crossing(Protocol):
     """The tensors of one pass on their way to the engine and back."""
 
     @property
+    def is_copied(self) -> bool:
+        """Whether what is kept of the first source is a copy."""
+
+    @property
     def held(self) -> object:
         """What must live as long as the engine works on them."""
 
