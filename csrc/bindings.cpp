@@ -24,24 +24,37 @@ T* Pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-// A ticket together with the Python objects whose memory the work uses: they go only after the work is done.
+// A ticket together with the Python objects whose memory the work uses: they go only after the work is done, and never
+// where the engine has stopped, as it may go on some day. The engine must outlive it.
 class HeldTicket {
  public:
-  HeldTicket(std::shared_ptr<Ticket> ticket, py::object held) : ticket_(std::move(ticket)), held_(std::move(held)) {}
+  HeldTicket(const Engine& engine, std::shared_ptr<Ticket> ticket, py::object held)
+      : engine_(engine), ticket_(std::move(ticket)), held_(std::move(held)) {}
   ~HeldTicket() {  // NOLINT(bugprone-exception-escape): releasing the GIL does not throw while Python runs
     if (getpid() != creator_) return;  // a forked child: the engine's threads are not here
-    const py::gil_scoped_release release;
     try {
-      ticket_->Wait();
+      const py::gil_scoped_release release;
+      if (!engine_.stalled()) engine_.Wait(*ticket_);
     } catch (...) {  // NOLINT(bugprone-empty-catch): nobody asked for the result
     }
+    if (!ticket_->done()) held_.release();
   }
   HeldTicket(const HeldTicket&) = delete;
   HeldTicket& operator=(const HeldTicket&) = delete;
 
-  void Wait() {
+  // Signals are looked at meanwhile, so that Ctrl-C ends a wait for an engine that hangs.
+  void Wait(double interval, int looks) {
+    if (getpid() != creator_) {
+      throw std::runtime_error(
+          "kt_sft: a forked child has none of the threads that work on this; submit it there, or fork before");
+    }
     const py::gil_scoped_release release;
-    ticket_->Wait();
+    engine_.Wait(*ticket_,
+                 [] {
+                   const py::gil_scoped_acquire acquire;
+                   if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+                 },
+                 {std::chrono::milliseconds(static_cast<int64_t>(interval * 1000)), looks});
   }
   bool done() const { return ticket_->done(); }
   std::pair<double, double> Span() const {
@@ -53,16 +66,18 @@ class HeldTicket {
   }
 
  private:
+  const Engine& engine_;
   std::shared_ptr<Ticket> ticket_;
   py::object held_;
   pid_t creator_ = getpid();
 };
 
-// Leaves an engine alone in a forked child, where its threads do not exist and its locks may never be released.
+// Leaves an engine alone in a forked child, where its threads do not exist and its locks may never be released, and one
+// that has stopped, whose threads would be waited for for ever.
 struct EngineDeleter {
   pid_t creator = getpid();
   void operator()(Engine* engine) const {
-    if (getpid() == creator) delete engine;
+    if (getpid() == creator && !engine->stalled()) delete engine;
   }
 };
 using EngineHolder = std::unique_ptr<Engine, EngineDeleter>;
@@ -303,7 +318,10 @@ void BindLayer(py::module_& m) {
 
 void BindEngine(py::module_& m) {
   py::class_<HeldTicket>(m, "Ticket")
-      .def("wait", &HeldTicket::Wait)
+      .def(
+          "wait", &HeldTicket::Wait, py::kw_only(), py::arg("interval") = Engine::Patience().interval.count() / 1e3,
+          py::arg("looks") = Engine::Patience().looks,
+          "Waits for the work; an error where the engine does nothing between `looks` looks, `interval` seconds apart.")
       .def_property_readonly("done", &HeldTicket::done)
       .def_property_readonly("span", &HeldTicket::Span, "(start, end) of the work in seconds of time.monotonic().");
 
@@ -325,11 +343,12 @@ void BindEngine(py::module_& m) {
                 MakeCall(layer, tokens, slots, dtype, hidden, experts, weights, retained, scratch_bytes, compute);
             call.lora = MakeLora(lora);
             call.output = Pointer<void>(output);
-            return std::make_unique<HeldTicket>(engine.SubmitForward(call), std::move(held));
+            return std::make_unique<HeldTicket>(engine, engine.SubmitForward(call), std::move(held));
           },
-          py::kw_only(), py::arg("layer"), py::arg("tokens"), py::arg("slots"), py::arg("dtype"), py::arg("hidden"),
-          py::arg("experts"), py::arg("weights"), py::arg("retained"), py::arg("scratch_bytes"), py::arg("compute"),
-          py::arg("output"), py::arg("lora") = py::none(), py::arg("held"))
+          py::keep_alive<0, 1>(), py::kw_only(), py::arg("layer"), py::arg("tokens"), py::arg("slots"),
+          py::arg("dtype"), py::arg("hidden"), py::arg("experts"), py::arg("weights"), py::arg("retained"),
+          py::arg("scratch_bytes"), py::arg("compute"), py::arg("output"), py::arg("lora") = py::none(),
+          py::arg("held"))
       .def(
           "submit_backward",
           [](Engine& engine, const ExpertLayer& layer, int64_t tokens, int64_t slots, const std::string& dtype,
@@ -344,12 +363,12 @@ void BindEngine(py::module_& m) {
             call.output_grad = Pointer<void>(output_grad);
             call.hidden_grad = Pointer<void>(hidden_grad);
             call.weights_grad = Pointer<float>(weights_grad);
-            return std::make_unique<HeldTicket>(engine.SubmitBackward(call), std::move(held));
+            return std::make_unique<HeldTicket>(engine, engine.SubmitBackward(call), std::move(held));
           },
-          py::kw_only(), py::arg("layer"), py::arg("tokens"), py::arg("slots"), py::arg("dtype"), py::arg("hidden"),
-          py::arg("experts"), py::arg("weights"), py::arg("retained"), py::arg("scratch_bytes"), py::arg("compute"),
-          py::arg("output_grad"), py::arg("hidden_grad"), py::arg("weights_grad"), py::arg("lora") = py::none(),
-          py::arg("lora_grads") = py::none(), py::arg("held"))
+          py::keep_alive<0, 1>(), py::kw_only(), py::arg("layer"), py::arg("tokens"), py::arg("slots"),
+          py::arg("dtype"), py::arg("hidden"), py::arg("experts"), py::arg("weights"), py::arg("retained"),
+          py::arg("scratch_bytes"), py::arg("compute"), py::arg("output_grad"), py::arg("hidden_grad"),
+          py::arg("weights_grad"), py::arg("lora") = py::none(), py::arg("lora_grads") = py::none(), py::arg("held"))
       .def("stats",
            [](const Engine& engine) {
              const EngineStats stats = engine.stats();

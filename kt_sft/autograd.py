@@ -6,6 +6,7 @@ Shape letters: T tokens, K experts per token, H hidden size, I expert intermedia
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import time
 from collections.abc import Iterator, Sequence
@@ -15,10 +16,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kt_sft.engine.crossing import Crossing, Place, Submission, cross
 from kt_sft.engine.meter import wait
 from kt_sft.engine.operands import Dropout, Operands, Term, split_gradients
-from kt_sft.engine.retention import Retained
+from kt_sft.engine.retention import CallKey, Result, Retained, remember, will_be_called_again
 from kt_sft.engine.store import dtype_name
+from kt_sft.engine.watchdog import explained
 
 if TYPE_CHECKING:
     from kt_sft.experts import CpuExperts
@@ -26,14 +29,14 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class CallTensors:
-    """What one forward of a layer reads and writes, on the CPU."""
+    """What one forward of a layer reads and writes, on the CPU, and is kept of it for backward."""
 
     x_TH: Tensor  # in the hidden states' dtype
     idx_TK: Tensor  # int64
     w_TK: Tensor  # FP32
     y_TH: Tensor  # written by the engine
     retained: Retained | None  # None: not wanted, or to be recomputed
-    is_computed: bool = False  # what the engine would write is there already
+    key: CallKey | None = None  # None: its result is not to be remembered, or was
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,15 +53,19 @@ class Wanted:
 
 @dataclasses.dataclass
 class _Backward:
-    """One backward of a call that the engine is working on, and the gradients it writes."""
+    """One backward of a call that the engine is working on."""
 
-    ticket: Any
-    submitted: float
-    x_grad: Tensor | None
-    w_grad: Tensor | None
-    adapter_grads: tuple[Tensor, ...] | None
+    crossing: Crossing
+    wanted: Wanted
     idx_TK: Tensor
-    recomputes: bool
+    submission: Submission | None = None
+    submitted: float = 0.0
+    recomputes: bool = False
+
+    def gradients(self) -> tuple[Tensor | None, Tensor | None, list[Tensor]]:
+        """Of hidden states, weights and operands, where they are wanted, on their devices."""
+        given = iter(self.crossing.deliver(self.crossing.results))
+        return next(given) if self.wanted.x else None, next(given) if self.wanted.w else None, list(given)
 
 
 @dataclasses.dataclass
@@ -70,13 +77,23 @@ class Link:
     """
 
     experts: CpuExperts
+    wanted: Wanted
+    weights_device: torch.device
     terms: Sequence[Term] = ()
     operands: Operands | None = None  # of `terms`: backward reads what forward did, whatever has become of them since
     dropout: Dropout = dataclasses.field(default_factory=Dropout)
-    ticket: Any = None  # of the forward
-    submitted: float = 0.0  # the forward, in seconds of time.monotonic()
+    crossing: Crossing | None = None  # of the forward, like what follows
+    submission: Submission | None = None
+    submitted: float = 0.0  # in seconds of time.monotonic()
+    tensors: CallTensors | None = None  # once it is submitted
     backwards: dict[int, _Backward] = dataclasses.field(default_factory=dict)
     numbers: Iterator[int] = dataclasses.field(default_factory=itertools.count)
+
+    @property
+    def adapters_device(self) -> torch.device:
+        """Where gradients of operands go, to be divided among adapters: that of all adapters that are trained."""
+        devices = {tensor.device for term in self.terms for tensor in term.tensors if tensor.requires_grad}
+        return devices.pop() if len(devices) == 1 else torch.device("cpu")
 
     def settings(self) -> dict[str, Any]:
         """What forward and backward of a call have in common."""
@@ -99,118 +116,134 @@ class Submit(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_states: Tensor, top_k_weights: Tensor, tensors: CallTensors, link: Link, *adapters: Tensor
+        ctx: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, link: Link, *adapters: Tensor
     ) -> Tensor:
         """Gives the scalar that `Await` takes."""
         ctx.link = link
-        ctx.device = hidden_states.device
-        ctx.weights_device, ctx.weights_dtype = top_k_weights.device, top_k_weights.dtype
+        ctx.weights_dtype = top_k_weights.dtype
         ctx.adapters = [(tensor.device, tensor.dtype) for tensor in adapters]
-        tokens, slots = tensors.idx_TK.shape
+        sources = [
+            (hidden_states, hidden_states.dtype),
+            (top_k_index, torch.int64),
+            (top_k_weights, torch.float32),
+        ]
+        output = Place(tuple(hidden_states.shape), hidden_states.dtype, hidden_states.device)
+        link.crossing = cross(hidden_states.device, sources, [output])
+        link.submission = link.crossing.submit(functools.partial(link.experts.submit_forward, link))
         # Ties the two nodes together. Its gradient is a number, exact in float64 (see Link).
-        tie = torch.zeros((), dtype=torch.float64)
-        if tensors.is_computed:
-            return tie
-        pre_SI = None if tensors.retained is None else tensors.retained.pre_SI
-        link.experts.store.expect(tokens * slots, forward=True)
-        link.submitted = time.monotonic()
-        link.ticket = link.experts.engine.submit_forward(
-            **link.settings(),
-            tokens=tokens,
-            slots=slots,
-            dtype=dtype_name(tensors.x_TH.dtype, "hidden_states"),
-            hidden=tensors.x_TH.data_ptr(),
-            experts=tensors.idx_TK.data_ptr(),
-            weights=tensors.w_TK.data_ptr(),
-            retained=_address(pre_SI),
-            output=tensors.y_TH.data_ptr(),
-            held=(tensors, pre_SI, link.experts.store.native, link.operands),
-        )
-        return tie
+        return torch.zeros((), dtype=torch.float64)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, number: Tensor) -> tuple[Tensor | None, ...]:
         """Takes the number of the backward; gives the gradients that the engine has computed for it."""
         pending = ctx.link.backwards.pop(int(number))
-        meter, recomputes = ctx.link.experts.meter, pending.recomputes
-        wait(meter, pending.ticket, pending.submitted, pending.idx_TK, is_backward=True, recomputes=recomputes)
-        x_grad, w_grad = pending.x_grad, pending.w_grad
-        if x_grad is not None:
-            x_grad = x_grad.to(ctx.device)
+        meter, idx_TK = ctx.link.experts.meter, pending.idx_TK
+        asked = time.monotonic()
+        ticket = pending.submission.ticket()
+        noted = {"asked": asked, "is_backward": True, "recomputes": pending.recomputes}
+        with explained("backward", idx_TK.shape[0]):
+            wait(meter, ticket, pending.submitted, idx_TK, **noted)
+        x_grad, w_grad, operand_grads = pending.gradients()
         if w_grad is not None:
-            w_grad = w_grad.to(ctx.weights_device, ctx.weights_dtype)
+            w_grad = w_grad.to(ctx.weights_dtype)
         adapter_grads: list[Tensor | None] = [None] * len(ctx.adapters)
-        if pending.adapter_grads is not None:
-            split = split_gradients(ctx.link.terms, pending.adapter_grads)
+        if operand_grads:
+            split = split_gradients(ctx.link.terms, operand_grads)
             adapter_grads = [
                 grad.to(*kind) if wanted else None
                 for grad, kind, wanted in zip(split, ctx.adapters, ctx.needs_input_grad[4:], strict=True)
             ]
-        return x_grad, w_grad, None, None, *adapter_grads
+        return x_grad, None, w_grad, None, *adapter_grads
 
 
 class Await(torch.autograd.Function):
     """Turns a submitted call into its output; its backward hands the output's gradient to the engine."""
 
     @staticmethod
-    def forward(ctx: Any, _: Tensor, tensors: CallTensors, link: Link, device: torch.device, wanted: Wanted) -> Tensor:
+    def forward(ctx: Any, _: Tensor, link: Link) -> Tensor:
         """Gives the output, [T, H], once the engine is done with it."""
-        ticket, link.ticket = link.ticket, None
-        if not tensors.is_computed:
-            wait(link.experts.meter, ticket, link.submitted, tensors.idx_TK)
+        crossing, submission = link.crossing, link.submission
+        assert crossing is not None
+        assert submission is not None
         ctx.link = link
-        ctx.wanted = wanted
+        asked = time.monotonic()
+        try:
+            ticket = submission.ticket()
+            tensors = link.tensors
+            assert tensors is not None
+            if ticket is not None:
+                with explained("forward", tensors.idx_TK.shape[0]):
+                    wait(link.experts.meter, ticket, link.submitted, tensors.idx_TK, asked=asked)
+        finally:
+            link.crossing = link.submission = link.tensors = None
         # Pre-activations may be given up before backward, which then needs hidden states. Shapes do not depend on the
         # routing, as non-reentrant checkpointing demands.
         ctx.retained = tensors.retained
-        ctx.save_for_backward(tensors.x_TH, tensors.idx_TK, tensors.w_TK)
-        return tensors.y_TH.to(device)
+        if link.wanted:
+            ctx.save_for_backward(tensors.x_TH, tensors.idx_TK, tensors.w_TK)
+        if tensors.key is not None:
+            y_TH = crossing.keep(tensors.y_TH).detach()  # it must not keep the graph alive that keeps it
+            result = Result(tensors.key, y_TH, y_TH._version, tensors.retained)
+            if will_be_called_again():
+                link.experts.count(y_TH, result)
+                remember(link.experts, result)
+        (output,) = crossing.deliver([tensors.y_TH])
+        return output
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, y_grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, y_grad: Tensor) -> tuple[Tensor, None]:
         """Takes the output's gradient; gives the number of the backward that the engine has begun."""
-        link, wanted = ctx.link, ctx.wanted
+        link, wanted, retained = ctx.link, ctx.link.wanted, ctx.retained
         x_TH, idx_TK, w_TK = ctx.saved_tensors
-        pre_SI = None if ctx.retained is None else ctx.retained.of(idx_TK, w_TK)
-        dy_TH = y_grad.detach().to("cpu").contiguous()
-        dx_TH = torch.empty_like(dy_TH) if wanted.x else None
-        dw_TK = torch.empty_like(w_TK) if wanted.w else None
-        adapter_grads = link.operands.new_gradients() if wanted.adapters else None
-        tokens, slots = idx_TK.shape
-        link.experts.store.expect(tokens * slots, forward=False)
-        submitted = time.monotonic()
-        ticket = link.experts.engine.submit_backward(
-            **link.settings(),
-            tokens=tokens,
-            slots=slots,
-            dtype=dtype_name(dy_TH.dtype, "the output's gradient"),
-            hidden=_address(x_TH),
-            experts=idx_TK.data_ptr(),
-            weights=w_TK.data_ptr(),
-            retained=_address(pre_SI),
-            output_grad=dy_TH.data_ptr(),
-            hidden_grad=_address(dx_TH),
-            weights_grad=_address(dw_TK),
-            lora_grads=None if adapter_grads is None else tuple(grad.data_ptr() for grad in adapter_grads),
-            held=(
-                x_TH,
-                idx_TK,
-                w_TK,
-                pre_SI,
-                dy_TH,
-                dx_TH,
-                dw_TK,
-                adapter_grads,
-                link.experts.store.native,
-                link.operands,
-            ),
-        )
+        places = []
+        if wanted.x:
+            places.append(Place(tuple(y_grad.shape), y_grad.dtype, y_grad.device))
+        if wanted.w:
+            places.append(Place(tuple(w_TK.shape), torch.float32, link.weights_device))
+        if wanted.adapters:
+            places += [Place(tuple(t.shape), torch.float32, link.adapters_device) for t in link.operands.tensors]
+        pending = _Backward(cross(y_grad.device, [(y_grad, y_grad.dtype)], places), wanted, idx_TK)
+
+        def submit() -> Any:
+            pre_SI = None if retained is None else retained.of(idx_TK, w_TK)
+            return _submit_backward(link, pending, x_TH, w_TK, pre_SI)
+
+        pending.submission = pending.crossing.submit(submit)
         number = next(link.numbers)
-        link.backwards[number] = _Backward(ticket, submitted, dx_TH, dw_TK, adapter_grads, idx_TK, pre_SI is None)
-        return torch.tensor(number, dtype=torch.float64), None, None, None, None
+        link.backwards[number] = pending
+        return torch.tensor(number, dtype=torch.float64), None
 
 
-def _address(tensor: Tensor | None) -> int:
+def _submit_backward(link: Link, pending: _Backward, x_TH: Tensor, w_TK: Tensor, pre_SI: Tensor | None) -> Any:
+    """Hands a backward to the engine, once the output's gradient is on the CPU; gives the ticket."""
+    (dy_TH,), results = pending.crossing.sources, iter(pending.crossing.results)
+    dx_TH = next(results) if pending.wanted.x else None
+    dw_TK = next(results) if pending.wanted.w else None
+    operand_grads = tuple(results)
+    for grad in operand_grads:
+        grad.zero_()  # the engine adds to them
+    tokens, slots = pending.idx_TK.shape
+    link.experts.store.expect(tokens * slots, forward=False)
+    pending.submitted, pending.recomputes = time.monotonic(), pre_SI is None
+    return link.experts.engine.submit_backward(
+        **link.settings(),
+        tokens=tokens,
+        slots=slots,
+        dtype=dtype_name(dy_TH.dtype, "the output's gradient"),
+        hidden=address(x_TH),
+        experts=pending.idx_TK.data_ptr(),
+        weights=w_TK.data_ptr(),
+        retained=address(pre_SI),
+        output_grad=dy_TH.data_ptr(),
+        hidden_grad=address(dx_TH),
+        weights_grad=address(dw_TK),
+        lora_grads=tuple(grad.data_ptr() for grad in operand_grads) or None,
+        held=(x_TH, pending.idx_TK, w_TK, pre_SI, pending.crossing.held, link.experts.store.native, link.operands),
+    )
+
+
+def address(tensor: Tensor | None) -> int:
+    """As the engine takes it."""
     return 0 if tensor is None else tensor.data_ptr()

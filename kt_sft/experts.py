@@ -5,13 +5,14 @@ Shape letters: T tokens, K experts per token, E experts, H hidden size, I expert
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kt_sft.autograd import Await, CallTensors, Link, Submit, Wanted
+from kt_sft.autograd import Await, CallTensors, Link, Submit, Wanted, address
 from kt_sft.config import KTConfig
 from kt_sft.engine.engine import get_engine
 from kt_sft.engine.low_rank import LowRank
@@ -19,11 +20,10 @@ from kt_sft.engine.meter import Meter
 from kt_sft.engine.operands import Dropout, OperandCache, Operands, Term
 from kt_sft.engine.retention import (
     CallKey,
-    Result,
+    Retained,
     is_checkpointed,
     limit_of,
     recall,
-    remember,
     retention,
     will_be_called_again,
 )
@@ -174,27 +174,15 @@ class CpuExperts(nn.Module):
             w=grads and top_k_weights.requires_grad,
             adapters=grads and any(tensor.requires_grad for tensor in factors),
         )
-        link = Link(self, terms, self._operands_of(terms), self._dropout_of(terms))
-        x_TH, idx_TK, w_TK = self._on_cpu(hidden_states, top_k_index, top_k_weights)
-        key = self._key(x_TH, idx_TK, w_TK, link)
-        if wanted and x_TH.data_ptr() != hidden_states.data_ptr() and not will_be_called_again():
-            self._count(x_TH, link)  # a copy, kept for backward
-        tensors = self._tensors(x_TH, idx_TK, w_TK, key, retains=bool(wanted))
-        submitted = Submit.apply(hidden_states, top_k_weights, tensors, link, *factors)
+        link = Link(self, wanted, top_k_weights.device, terms, self._operands_of(terms), self._dropout_of(terms))
+        submitted = Submit.apply(hidden_states, top_k_index, top_k_weights, link, *factors)
         if self.beside is not None:
             self.beside(hidden_states)
         if grads:  # without them a model may be in a state of its own, as DPO's is while it is its own reference
             hand_over()  # before the node is made: kt_sft/offload/interleave.py
-        output = Await.apply(submitted, tensors, link, hidden_states.device, wanted)
-        if key is not None and not tensors.is_computed:
-            y_TH = tensors.y_TH.detach()  # it must not keep the graph alive that keeps it
-            result = Result(key, y_TH, y_TH._version, tensors.retained)
-            if will_be_called_again():
-                self._count(y_TH, result)
-                remember(self, result)
-        return output
+        return Await.apply(submitted, link)
 
-    def _count(self, kept: Tensor, owner: object) -> None:
+    def count(self, kept: Tensor, owner: object) -> None:
         """Takes what is kept in host memory off the room for pre-activations."""
         if self.config.activation_policy == "retain":
             retention().count(kept.nbytes, limit_of(self.config.retained_mb), owner)
@@ -216,40 +204,84 @@ class CpuExperts(nn.Module):
             terms, (rows, self.hidden_dim), (self.hidden_dim, self.intermediate_dim), self.num_experts
         )
 
-    def _on_cpu(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> tuple[Tensor, ...]:
-        x_TH = hidden_states.detach().to("cpu").contiguous()
-        idx_TK = top_k_index.detach().to("cpu", torch.int64).contiguous()
-        w_TK = top_k_weights.detach().to("cpu", torch.float32).contiguous()
-        if idx_TK.numel():
-            low, high = (int(bound) for bound in idx_TK.aminmax())
-            if low < 0 or high > self.num_experts:
-                raise IndexError(
-                    f"kt_sft: top_k_index holds {low if low < 0 else high}; valid are 0 to {self.num_experts - 1}, "
-                    f"and {self.num_experts} for no expert"
-                )
-        return x_TH, idx_TK, w_TK
+    def submit_forward(self, link: Link) -> Any:
+        """Hands a call to the engine, whose tokens are on the CPU by now; says in `link.tensors` what it is about.
 
-    def _key(self, x_TH: Tensor, idx_TK: Tensor, w_TK: Tensor, link: Link) -> CallKey | None:
-        """By which a checkpointed call is known again; None where results are not kept."""
-        if self.config.activation_policy != "retain" or not is_checkpointed():
-            return None
-        return CallKey.of(x_TH, idx_TK, w_TK, link.operands, link.dropout)
+        Returns:
+            The ticket; None where the result is remembered.
 
-    def _tensors(self, x_TH: Tensor, idx_TK: Tensor, w_TK: Tensor, key: CallKey | None, retains: bool) -> CallTensors:
-        result = None if key is None else recall(self, key)
+        Raises:
+            IndexError: An index is out of range.
+        """
+        crossing = link.crossing
+        assert crossing is not None
+        x_TH, idx_TK, w_TK = crossing.sources
+        self._check_index(idx_TK)
+        is_kept = self.config.activation_policy == "retain" and is_checkpointed()
+        lasting = idx_TK, w_TK
+        if link.wanted or is_kept:
+            lasting = crossing.keep(idx_TK), crossing.keep(w_TK)
+        is_first = will_be_called_again()
+        is_again = is_kept and not is_first
+        result = recall(self, CallKey.of(x_TH, *lasting, link.operands, link.dropout)) if is_again else None
         if result is not None:
-            return CallTensors(x_TH, idx_TK, w_TK, result.y_TH.detach(), result.retained, is_computed=True)
-        retained = None
-        if (retains or will_be_called_again()) and self.config.activation_policy == "retain":
-            rows, columns = idx_TK.numel(), self.intermediate_dim * (2 if self.store.gated else 1)
-            retained = retention().take(
-                2 * rows * columns,
-                limit_of(self.config.retained_mb),
-                lambda: torch.from_numpy(self.engine.take_bf16(rows, columns)).view(torch.bfloat16),
-                idx_TK,
-                w_TK,
+            x_TH = crossing.keep(x_TH) if link.wanted else x_TH
+            link.tensors = CallTensors(x_TH, *lasting, result.y_TH.detach(), result.retained)
+            return None
+        if link.wanted and crossing.is_copied and not is_first:
+            self.count(x_TH, link)  # a copy, kept for backward
+        retained = self._retained(*lasting, retains=bool(link.wanted))
+        (y_TH,) = crossing.results
+        ticket = self._submit(link, x_TH, idx_TK, w_TK, y_TH, retained)
+        # The engine is at work by now: what follows costs no time of its own.
+        key = CallKey.of(x_TH, *lasting, link.operands, link.dropout) if is_kept and is_first else None
+        x_TH = crossing.keep(x_TH) if link.wanted else x_TH
+        link.tensors = CallTensors(x_TH, *lasting, y_TH, retained, key)
+        return ticket
+
+    def _submit(
+        self, link: Link, x_TH: Tensor, idx_TK: Tensor, w_TK: Tensor, y_TH: Tensor, retained: Retained | None
+    ) -> Any:
+        assert link.crossing is not None
+        tokens, slots = idx_TK.shape
+        pre_SI = None if retained is None else retained.pre_SI
+        self.store.expect(tokens * slots, forward=True)
+        link.submitted = time.monotonic()
+        return self.engine.submit_forward(
+            **link.settings(),
+            tokens=tokens,
+            slots=slots,
+            dtype=dtype_name(x_TH.dtype, "hidden_states"),
+            hidden=x_TH.data_ptr(),
+            experts=idx_TK.data_ptr(),
+            weights=w_TK.data_ptr(),
+            retained=address(pre_SI),
+            output=y_TH.data_ptr(),
+            held=(link.crossing.held, pre_SI, self.store.native, link.operands),
+        )
+
+    def _check_index(self, idx_TK: Tensor) -> None:
+        if not idx_TK.numel():
+            return
+        low, high = (int(bound) for bound in idx_TK.aminmax())
+        if low < 0 or high > self.num_experts:
+            raise IndexError(
+                f"kt_sft: top_k_index holds {low if low < 0 else high}; valid are 0 to {self.num_experts - 1}, "
+                f"and {self.num_experts} for no expert"
             )
-        return CallTensors(x_TH, idx_TK, w_TK, torch.empty_like(x_TH), retained)
+
+    def _retained(self, idx_TK: Tensor, w_TK: Tensor, retains: bool) -> Retained | None:
+        """Memory for pre-activations, where they are wanted and there is room."""
+        if self.config.activation_policy != "retain" or not (retains or will_be_called_again()):
+            return None
+        rows, columns = idx_TK.numel(), self.intermediate_dim * (2 if self.store.gated else 1)
+        return retention().take(
+            2 * rows * columns,
+            limit_of(self.config.retained_mb),
+            lambda: torch.from_numpy(self.engine.take_bf16(rows, columns)).view(torch.bfloat16),
+            idx_TK,
+            w_TK,
+        )
 
     def _check_inputs(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> None:
         if hidden_states.dim() != 2 or hidden_states.shape[1] != self.hidden_dim:

@@ -67,11 +67,23 @@ void ThreadPool::Place([[maybe_unused]] int worker) const {
 #endif
 }
 
+uint64_t ThreadPool::Progress() const {
+  uint64_t begun = alone_.load(std::memory_order_relaxed);
+  for (int node = 0; node < nodes(); ++node) {
+    begun += static_cast<uint64_t>(queues_[node].next.load(std::memory_order_relaxed));
+  }
+  // The round in the upper half, so that one more round and as many fewer tasks do not look like standing still.
+  return begun + ((gate_.load(std::memory_order_relaxed) / kRound) << 32);
+}
+
 void ThreadPool::RunQueues(Invoke invoke, const void* function) {
   const int64_t tasks = queues_[nodes() - 1].end;
   if (tasks <= 0) return;
   if (workers_.empty() || tasks == 1) {
-    for (int64_t task = 0; task < tasks; ++task) invoke(function, task, 0);
+    for (int64_t task = 0; task < tasks; ++task) {
+      alone_.fetch_add(1, std::memory_order_relaxed);
+      invoke(function, task, 0);
+    }
     return;
   }
   for (int node = 0; node < nodes(); ++node) {

@@ -48,6 +48,9 @@ class ThreadPool {
   // Workers that sleep now.
   int sleepers() const { return sleepers_.load(); }
 
+  // A number that changes whenever a worker begins a task: what does not change any more has stopped. It may go back.
+  uint64_t Progress() const;
+
   // Lets the calling thread run where worker 0 may.
   void PlaceCaller() const { Place(0); }
 
@@ -119,6 +122,7 @@ class ThreadPool {
   std::atomic<bool> stopping_{false};
   std::atomic<bool> caller_sleeps_{false};
   std::atomic<int> sleepers_{0};
+  std::atomic<uint64_t> alone_{0};  // tasks that the caller ran without a round
   std::mutex mutex_;
   std::condition_variable wake_;
   std::condition_variable left_;

@@ -40,6 +40,19 @@ TEST(EveryTaskRunsOnce) {
   }
 }
 
+TEST(EveryTaskIsProgress) {
+  for (const int threads : {1, 3}) {
+    ThreadPool pool(threads, {});
+    for (const int64_t tasks : {1, 2, 3, 2, 1, 100}) {  // fewer tasks than in the round before must show, too
+      const uint64_t before = pool.Progress();
+      pool.Run(tasks, [](int64_t, int) {});
+      CHECK(pool.Progress() != before);
+    }
+    const uint64_t before = pool.Progress();
+    CHECK(pool.Progress() == before);
+  }
+}
+
 TEST(TasksMayBeDealtToNodesInAnyShares) {
   ThreadPool pool(3, kTwoNodes);
   for (const std::vector<int64_t>& ends : {std::vector<int64_t>{0, 0}, {0, 9}, {9, 9}, {1, 9}, {8, 9}}) {

@@ -30,6 +30,13 @@ void Ticket::Wait() {
   if (error_) std::rethrow_exception(error_);
 }
 
+bool Ticket::WaitFor(std::chrono::milliseconds patience) {
+  std::unique_lock<std::mutex> lock(mutex_);
+  if (!finished_.wait_for(lock, patience, [this] { return done_; })) return false;
+  if (error_) std::rethrow_exception(error_);
+  return true;
+}
+
 bool Ticket::done() const {
   const std::lock_guard<std::mutex> lock(mutex_);
   return done_;
@@ -83,6 +90,7 @@ void Engine::Loop() {
       jobs_.pop_front();
       calls_.fetch_sub(1);
     }
+    turns_.fetch_add(1);
     const Clock::time_point started = Clock::now();
     std::exception_ptr error;
     try {
@@ -90,11 +98,43 @@ void Engine::Loop() {
     } catch (...) {
       error = std::current_exception();
     }
+    turns_.fetch_add(1);
     job.ticket->Finish(started, std::move(error));
   }
 }
 
+uint64_t Engine::Progress() const { return turns_.load() * 0x9E3779B97F4A7C15U + pool_.Progress(); }
+
+bool Engine::stalled() const { return found_stalled_.load() && stalled_at_.load() == Progress(); }
+
+void Engine::CheckRunning() const {
+  if (!stalled()) return;
+  throw EngineStalledError(
+      "kt_sft: the expert engine stands still: a thread of it may have died, or what mapped experts are read from "
+      "hangs; "
+      "end this process and start again from the last checkpoint");
+}
+
+void Engine::Wait(Ticket& ticket, const std::function<void()>& on_look, const Patience& patience) const {
+  uint64_t progress = Progress();
+  for (int idle = 0; !ticket.WaitFor(patience.interval);) {
+    on_look();
+    CheckRunning();
+    const uint64_t now = Progress();
+    idle = now == progress ? idle + 1 : 0;
+    progress = now;
+    if (idle < patience.looks) continue;
+    stalled_at_.store(now);
+    found_stalled_.store(true);
+  }
+}
+
+void Engine::Wait(Ticket& ticket) const {
+  Wait(ticket, [] {}, Patience());
+}
+
 std::shared_ptr<Ticket> Engine::Submit(std::function<void()> work) {
+  CheckRunning();
   auto ticket = std::make_shared<Ticket>();
   {
     const std::lock_guard<std::mutex> lock(mutex_);

@@ -9,6 +9,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <stdexcept>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -17,11 +18,19 @@
 
 namespace kt {
 
+// What is thrown where somebody waits for an engine that does nothing any more.
+class EngineStalledError : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
 // A submitted piece of work. Thread-safe.
 class Ticket {
  public:
   // Returns when the work is done; throws what the work threw.
   void Wait();
+  // The same for at most that long; says whether the work was done.
+  bool WaitFor(std::chrono::milliseconds patience);
   bool done() const;
   // When the engine began and ended the work, on std::chrono::steady_clock; only once it is done.
   using Clock = std::chrono::steady_clock;
@@ -71,7 +80,22 @@ class Engine {
   std::shared_ptr<Ticket> SubmitBackward(const LayerCall& call);
 
   // Queues anything else that must have the engine's threads to itself.
+  // All three throw EngineStalledError where a wait has found that the engine stands still, and it still does.
   std::shared_ptr<Ticket> Submit(std::function<void()> work);
+
+  // How a stalled engine is found: one that has done nothing between any two of `looks` looks. Looks are counted, not
+  // time, so that a process that was stopped or a machine that slept is not taken for stalled. Ten minutes: a slow pass
+  // begins thousands of tasks in that time, and mapped weights may have to wait for a network's disk.
+  struct Patience {
+    std::chrono::milliseconds interval{1000};
+    int looks = 600;
+  };
+  // As ticket.Wait(), for a ticket of this engine, and calls `on_look` after each interval. Throws EngineStalledError
+  // when patience is at its end; what the work uses must then stay alive, as it may go on.
+  void Wait(Ticket& ticket, const std::function<void()>& on_look, const Patience& patience) const;
+  void Wait(Ticket& ticket) const;
+  // Whether a wait has found that the engine stands still, and it has done nothing since.
+  bool stalled() const;
 
   EngineStats stats() const;
   // Measured on first use, in turn with other work; takes some tens of milliseconds.
@@ -84,6 +108,8 @@ class Engine {
   };
 
   void Loop();
+  uint64_t Progress() const;
+  void CheckRunning() const;
   MachinePeak MeasurePeak();
 
   const TierKernels& kernels_;
@@ -97,7 +123,10 @@ class Engine {
   std::condition_variable wake_;
   std::deque<Job> jobs_;
   bool stopping_ = false;
-  std::atomic<int> calls_{0};  // jobs in the queue, and the call to stop
+  std::atomic<int> calls_{0};       // jobs in the queue, and the call to stop
+  std::atomic<uint64_t> turns_{0};  // jobs begun and jobs done
+  mutable std::atomic<bool> found_stalled_{false};
+  mutable std::atomic<uint64_t> stalled_at_{0};  // Progress() then
   EngineStats stats_;
   std::thread thread_;  // last: starts when everything else stands
 };

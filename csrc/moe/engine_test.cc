@@ -1,57 +1,15 @@
 #include "moe/engine.h"
 
 #include <atomic>
+#include <future>
 #include <new>
 
 #include "moe/fastest_tier.h"
+#include "moe/small_calls.h"
 #include "testing.h"
 
 namespace kt {
 namespace {
-
-struct Layer {
-  static constexpr int64_t kExperts = 4, kHidden = 24, kIntermediate = 16;
-
-  Layer() : layer({kExperts, kHidden, kIntermediate, Activation::kSilu, true, Format::kBf16}) {
-    std::mt19937 random(6);
-    for (int m = 0; m < kMatrixCount; ++m) {
-      const Matrix matrix = static_cast<Matrix>(m);
-      for (int64_t e = 0; e < kExperts; ++e) {
-        const std::vector<float> values = testing::RandomFloats(kHidden * kIntermediate, 0.2F, random);
-        layer.Write(matrix, e, {values.data(), DType::kF32, layer.columns(matrix), 1});
-      }
-    }
-  }
-  ExpertLayer layer;
-};
-
-// The data of one call, its sizes varying with `seed`.
-struct Work {
-  Work(const Layer& layer, int seed) {
-    std::mt19937 random(static_cast<uint32_t>(seed));
-    tokens = 1 + seed % 37;
-    x = testing::RandomFloats(tokens * Layer::kHidden, 1.0F, random);
-    y.resize(x.size());
-    dx.resize(x.size());
-    weights.assign(static_cast<size_t>(tokens * 2), 0.5F);
-    dw.resize(weights.size());
-    for (int64_t i = 0; i < tokens * 2; ++i) index.push_back(static_cast<int64_t>(random() % Layer::kExperts));
-    call.layer = &layer.layer;
-    call.tokens = tokens;
-    call.slots = 2;
-    call.hidden = x.data();
-    call.experts = index.data();
-    call.weights = weights.data();
-    call.output = y.data();
-    call.output_grad = x.data();
-    call.hidden_grad = dx.data();
-    call.weights_grad = dw.data();
-  }
-  int64_t tokens;
-  std::vector<float> x, y, dx, weights, dw;
-  std::vector<int64_t> index;
-  LayerCall call;
-};
 
 TEST(TicketsFromManyThreadsGiveTheResultsOfOne) {
   const Layer layer;
@@ -125,6 +83,45 @@ TEST(AFailureReachesWhoeverWaits) {
   CHECK_THROWS(ticket->Wait(), std::bad_alloc);
   CHECK_THROWS(ticket->Wait(), std::bad_alloc);
   engine.SubmitForward(work.call)->Wait();  // and the engine works on
+}
+
+TEST(AnEngineThatStandsStillIsFound) {
+  const Layer layer;
+  Work work(layer, 5);
+  Engine engine(2, {}, *KernelsOf(FastestTiers()));
+  std::promise<void> begun, released;
+  const auto ticket = engine.Submit([&] {
+    begun.set_value();
+    released.get_future().wait();
+  });
+  begun.get_future().wait();
+  CHECK(!engine.stalled());
+  const auto wait = [&](Ticket& other) { engine.Wait(other, [] {}, {std::chrono::milliseconds(1), 5}); };
+  CHECK_THROWS(wait(*ticket), EngineStalledError);
+  CHECK(engine.stalled());
+  CHECK_THROWS(wait(*ticket), EngineStalledError);  // at once
+  CHECK_THROWS(engine.SubmitForward(work.call), EngineStalledError);
+  released.set_value();
+  ticket->Wait();
+  CHECK(!engine.stalled());
+  wait(*engine.SubmitForward(work.call));  // and it works on
+}
+
+TEST(ASlowEngineIsNotTakenForOneThatStandsStill) {
+  constexpr int kJobs = 30;
+  Engine engine(2, {}, *KernelsOf(FastestTiers()));
+  std::vector<std::promise<void>> released(kJobs);
+  std::vector<std::shared_ptr<Ticket>> tickets;
+  tickets.reserve(kJobs);
+  for (int i = 0; i < kJobs; ++i) tickets.push_back(engine.Submit([&, i] { released[i].get_future().wait(); }));
+  size_t next = 0;  // each look finds one more job done, far more of them than patience lasts
+  const auto go_on = [&] {
+    if (next == tickets.size()) return;
+    released[next].set_value();
+    tickets[next++]->Wait();
+  };
+  engine.Wait(*tickets.back(), go_on, {std::chrono::milliseconds(1), 2});
+  CHECK(tickets.back()->done() && !engine.stalled());
 }
 
 TEST(ScratchDoesNotGrowWithRepetition) {

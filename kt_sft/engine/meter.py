@@ -59,10 +59,20 @@ class Meter:
         self._loads: list[Tensor] = []
 
     def wait(
-        self, ticket: Any, submitted: float, idx_TK: Tensor, *, is_backward: bool = False, recomputes: bool = False
+        self,
+        ticket: Any,
+        submitted: float,
+        idx_TK: Tensor,
+        *,
+        asked: float,
+        is_backward: bool = False,
+        recomputes: bool = False,
     ) -> None:
-        """Waits for a ticket of a pass over tokens routed by `idx_TK`, and notes it."""
-        awaited = time.monotonic()
+        """Waits for a ticket of a pass over tokens routed by `idx_TK`, and notes it.
+
+        `asked` is when this thread began to wait: maybe before the tokens, on their way from a device, were submitted.
+        """
+        awaited = max(asked, submitted)
         ticket.wait()
         returned = time.monotonic()
         started, finished = ticket.span
@@ -81,7 +91,7 @@ class Meter:
         return passes, sum(loads, torch.zeros(self._num_experts, dtype=torch.int64, device="cpu"))
 
 
-def wait(meter: Meter | None, ticket: Any, submitted: float, idx_TK: Tensor, **what: bool) -> None:
+def wait(meter: Meter | None, ticket: Any, submitted: float, idx_TK: Tensor, **what: Any) -> None:
     """Waits for a ticket, as `Meter.wait` where there is a meter."""
     if meter is None:
         ticket.wait()

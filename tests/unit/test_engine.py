@@ -87,6 +87,92 @@ def test_a_forked_child_starts_its_own_engine():
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
+def test_an_engine_that_stands_still_is_an_error_in_forward_and_in_backward():
+    """Its thread is stopped in the middle, by a signal whose handler waits for another signal."""
+    program = """
+import ctypes, gc, os, signal, torch, kt_sft
+from kt_sft import experts
+from kt_sft.engine.engine import get_engine
+
+libc = ctypes.CDLL(None)
+libc.signal.argtypes = [ctypes.c_int, ctypes.c_void_p]
+for number, handler in ((signal.SIGUSR1, libc.pause), (signal.SIGUSR2, libc.getpid)):
+    libc.signal(number, ctypes.cast(handler, ctypes.c_void_p))
+looks = 6000
+others = set(os.listdir("/proc/self/task"))
+engine = get_engine(1)
+(thread,) = map(int, set(os.listdir("/proc/self/task")) - others)
+
+def send(number):
+    assert libc.tgkill(os.getpid(), thread, number) == 0
+
+class Impatient:
+    def __init__(self, ticket):
+        self.ticket = ticket
+    def wait(self):
+        self.ticket.wait(interval=0.01, looks=looks)
+
+class Engine:
+    def submit_forward(self, **call):
+        return Impatient(engine.submit_forward(**call))
+    def submit_backward(self, **call):
+        return Impatient(engine.submit_backward(**call))
+    def __getattr__(self, name):
+        return getattr(engine, name)
+
+experts.get_engine = lambda threads: Engine()
+layer = kt_sft.CpuExperts.from_weights(torch.randn(2, 8, 6), torch.randn(2, 6, 4))
+idx, w = torch.tensor([[0], [1], [0]]), torch.ones(3, 1)
+
+def said(function):
+    try:
+        function()
+    except RuntimeError as error:
+        return str(error)
+
+expected = layer(torch.ones(3, 6), idx, w)
+x = torch.ones(3, 6, requires_grad=True)
+y = layer(x, idx, w)
+for direction, function in (
+    ("forward", lambda: layer(torch.ones(3, 6), idx, w)), ("backward", lambda: y.sum().backward())
+):
+    send(signal.SIGUSR1)
+    looks = 3
+    print(said(function))
+    print(said(function if direction == "forward" else lambda: layer(x, idx, w)))  # at once, as nothing is submitted
+    gc.collect()
+    looks = 6000
+    while said(lambda: layer(torch.ones(3, 6), idx, w)) is not None:  # until it is awake
+        send(signal.SIGUSR2)
+    print(torch.equal(layer(torch.ones(3, 6), idx, w), expected))
+"""
+    run = subprocess.run([sys.executable, "-c", program], timeout=120, check=False, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    lines = iter(run.stdout.splitlines())
+    for direction in ("forward", "backward"):
+        failed = f"kt_sft: the expert engine failed in the {direction} of 3 tokens: the expert engine stands still: "
+        assert next(lines).startswith(failed)
+        assert next(lines).startswith("kt_sft: the expert engine stands still: ")
+        assert next(lines) == "True"
+    assert next(lines, None) is None
+
+
+def test_a_forked_child_cannot_wait_for_its_parents_work():
+    """The threads that would do it are not there: an error instead of a wait for ever."""
+    layer = kt_sft.CpuExperts.from_weights(torch.randn(2, 8, 6), torch.randn(2, 6, 4))
+    forked = []
+    layer.beside = lambda _: forked.append(os.fork())
+    said = ""
+    try:
+        layer(torch.randn(3, 6), torch.tensor([[0], [1], [0]]), torch.ones(3, 1))
+    except RuntimeError as error:
+        said = str(error)
+    if forked == [0]:
+        os._exit(0 if "a forked child has none of the threads" in said else 1)
+    assert said == ""
+    assert os.waitstatus_to_exitcode(os.waitpid(forked[0], 0)[1]) == 0
+
+
 def test_a_forked_child_exits_in_order():
     """Tearing the interpreter down must not wait for threads that only the parent has."""
     program = """

@@ -86,7 +86,7 @@ class TestMeter:
                 raise RuntimeError("the engine failed")
 
         with pytest.raises(RuntimeError, match="the engine failed"):
-            Meter(E, 1.0, 1.0).wait(Failing(), 0.0, torch.zeros(1, 1, dtype=torch.long))
+            Meter(E, 1.0, 1.0).wait(Failing(), 0.0, torch.zeros(1, 1, dtype=torch.long), asked=0.0)
 
 
 class TestStepMetrics:
