@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from types import ModuleType
@@ -25,6 +26,8 @@ from kt_sft.integrations.peft_configs import check_weights, restore_dropout, sto
 if TYPE_CHECKING:
     from kt_sft.experts import CpuExperts
     from kt_sft.lora import ExpertLora
+
+logger = logging.getLogger("kt_sft")
 
 #: Settings of a LoraConfig that adapters on experts do not have, with the way out.
 _EXCLUDED = {
@@ -108,6 +111,7 @@ def extend_peft_model(module: ModuleType) -> None:
         with _orientation(self, stored):
             result = load(self, model_id, adapter_name, *args, **kwargs)
         _check_complete(model_id, adapter_name, result)
+        _warn_if_merged(self, model_id, adapter_name)
         return result
 
     model_class.load_adapter = load_adapter
@@ -305,3 +309,21 @@ def _check_complete(model_id: Any, adapter_name: str, result: Any) -> None:
     ):
         if keys:
             raise ValueError(f"kt_sft: the adapter in {model_id} {what}: {keys[0]} and {len(keys) - 1} more")
+
+
+def _warn_if_merged(model: nn.Module, model_id: Any, adapter_name: str) -> None:
+    """Merging such an adapter is an error; to go on with it is for the user to decide."""
+    from kt_sft.lora import ExpertLora
+    from kt_sft.merged_adapters import digest_of, snapshot
+
+    for layer in model.modules():
+        if not isinstance(layer, ExpertLora) or not layer.experts.merged_digests:
+            continue
+        factors = layer.factors(adapter_name)
+        if factors is not None and digest_of(layer.is_down, *snapshot(factors)) in layer.experts.merged_digests:
+            logger.warning(
+                "the adapter in %s is merged into this model's experts already; with it its change counts twice, so "
+                "leave it out if that is not what you want",
+                model_id,
+            )
+            return
