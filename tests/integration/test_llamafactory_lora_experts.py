@@ -75,11 +75,14 @@ PACKED = {"packing": True, "cutoff_len": 400, "per_device_train_batch_size": 2}
 #: A learning rate that makes the model worse from the first or second step on.
 OVERSHOT = {"learning_rate": 0.3, "early_stopping_steps": 1, "save_steps": 1, "max_steps": 8}
 
+REWARD = {"stage": "rm", "dataset": "pair", "max_steps": 3}
+
 STAGES: dict[str, dict[str, Any]] = {
     "pt": {"stage": "pt", "dataset": "pt"},
     "dpo": {"stage": "dpo", "dataset": "pair", "ref_model": "MODEL"},
     "kto": {"stage": "kto", "dataset": "kto"},
-    "rm": {"stage": "rm", "dataset": "pair"},
+    "rm": REWARD,
+    "rm resumed": REWARD | {"resume_from_checkpoint": "RM", "overwrite_output_dir": None},
     "accumulated": ACCUMULATED,
     "accumulated in host memory": ACCUMULATED | {"kt_sft": {"lora_experts": True, "lora_memory": "host"}},
     "evaluated": EVALUATED | {"save_steps": 1},
@@ -102,7 +105,8 @@ def stages(base_recipe: dict[str, Any], tiny_moe: Path, tmp_path_factory: pytest
     """The folders of all of these runs; one process for all, to save its start."""
     folder, recipes = tmp_path_factory.mktemp("stages"), []
     for name, changes in (STAGES | STOCK | EXACT | NOISY).items():
-        changes = {key: str(tiny_moe) if value == "MODEL" else value for key, value in changes.items()}
+        places = {"MODEL": str(tiny_moe), "RM": str(folder / "rm" / "checkpoint-2")}
+        changes = {key: places.get(str(value), value) for key, value in changes.items()}
         recipe = base_recipe | LORA_EXPERTS | {"max_steps": 2} | changes | {"output_dir": str(folder / name)}
         unit = UNIT_ROUNDOFF if name in NOISY else 0.0 if name in EXACT else None
         recipes.append((unit, {key: value for key, value in recipe.items() if value is not None}))
@@ -160,6 +164,15 @@ def test_the_best_model_is_reloaded_after_an_early_stop(stages: Path) -> None:
     saved = adapter_in(stages / "stopped early")
     assert same(saved, adapter_in(stages / "stopped early" / f"checkpoint-{best}"))
     assert not same(saved, adapter_in(stages / "stopped early" / f"checkpoint-{best + 1}"))
+
+
+def test_a_reward_model_is_resumed_as_if_uninterrupted(stages: Path) -> None:
+    """With its value head; stock LLaMA-Factory cannot."""
+    whole, resumed = stages / "rm", stages / "rm resumed"
+    assert train_losses(resumed) == train_losses(whole)
+    for name in ("adapter_model.safetensors", "value_head.safetensors"):
+        assert same(load_file(resumed / name), load_file(whole / name))
+        assert not same(load_file(whole / "checkpoint-2" / name), load_file(whole / name))
 
 
 def test_evaluation_during_training_sees_what_was_learnt(stages: Path) -> None:

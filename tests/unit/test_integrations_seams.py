@@ -10,9 +10,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import llamafactory.chat.chat_model
+import llamafactory.extras.constants
 import llamafactory.hparams.parser
 import llamafactory.model.loader
 import llamafactory.model.patcher
+import llamafactory.train.callbacks
 import llamafactory.train.tuner
 import pytest
 import safetensors.torch
@@ -32,7 +34,7 @@ from transformers.integrations import moe
 from transformers.quantizers.base import HfQuantizer
 
 from kt_sft.config import KTConfig
-from kt_sft.integrations import adapters, autoload, checkpoints
+from kt_sft.integrations import adapters, autoload, checkpoints, value_heads
 from kt_sft.integrations import llamafactory as ours
 from kt_sft.integrations import peft as ours_peft
 from kt_sft.lora import ExpertLora, peft_turns_parameters
@@ -277,6 +279,17 @@ class TestTransformers:
         assert checkpoints._STATE == names.TRAINER_STATE_NAME
         assert checkpoints._RESUMED_STATES[:2] == (names.OPTIMIZER_NAME, names.SCHEDULER_NAME)
         assert checkpoints._NUMBERED.fullmatch(f"{names.PREFIX_CHECKPOINT_DIR}-12")
+
+    def test_checkpoints_of_reward_models_are_loaded(self) -> None:
+        """By one method; LLaMA-Factory keeps the value head beside the adapter, under names as its module has it."""
+        resume = transformers.Trainer._load_from_checkpoint
+        assert hasattr(resume, "__wrapped__")
+        assert parameters(resume) == ["self", "resume_from_checkpoint", "model"]
+        assert "self._load_from_checkpoint(resume_from_checkpoint)" in inspect.getsource(transformers.Trainer)
+        assert value_heads.VALUE_HEAD == llamafactory.extras.constants.V_HEAD_SAFE_WEIGHTS_NAME
+        fix = inspect.getsource(llamafactory.train.callbacks.fix_valuehead_checkpoint)
+        assert 'if name.startswith("v_head."):' in fix
+        assert "model.pretrained_model.save_pretrained(" in fix
 
     def test_layers_are_told_how_they_are_checkpointed(self) -> None:
         """One method hands all layers the checkpointing function; they call it with a partial of their own call."""
