@@ -251,6 +251,17 @@ class ExpertLora(nn.Module, LoraLayer):
     def _tell_experts(self) -> None:
         self.experts.merged, self.experts.merged_digests = self._merged.total(), self._merged.digests()
 
+    def check_merge(self) -> None:
+        """Whether the active adapters can be merged, before any is: PEFT merges layer after layer.
+
+        Raises:
+            ValueError: One has the values of one that is merged already.
+        """
+        for name in self.active_adapters if self._merged.digests() else ():
+            factors = self.factors(name)
+            if factors is not None and name not in self.merged_adapters:
+                self._merged.check_new(name, self.is_down, *snapshot(factors))
+
     def _merge(self, name: str, factors: Factors, safe_merge: bool) -> None:
         if name in self.merged_adapters:
             raise ValueError(

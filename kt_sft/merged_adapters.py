@@ -49,8 +49,8 @@ class MergedAdapters:
         """Of all that is merged."""
         return self._before_digests | {digest for digest in self._digests.values() if digest is not None}
 
-    def add(self, adapter_name: str, is_down: bool, a: Tensor, b: Tensor) -> None:
-        """Adds an adapter's part on down, or on gate and up, as `snapshot` gives it.
+    def check_new(self, adapter_name: str, is_down: bool, a: Tensor, b: Tensor) -> str | None:
+        """The digest of an adapter's part on down, or on gate and up, as `snapshot` gives it.
 
         Raises:
             ValueError: An adapter with these very values is merged, under whatever name.
@@ -61,6 +61,15 @@ class MergedAdapters:
                 f"kt_sft: adapter {adapter_name!r} has the values of one that is merged into the experts already, here "
                 "or in the checkpoint that they were loaded from; its change would count twice, so leave it out"
             )
+        return digest
+
+    def add(self, adapter_name: str, is_down: bool, a: Tensor, b: Tensor) -> None:
+        """Adds such a part.
+
+        Raises:
+            ValueError: As of `check_new`.
+        """
+        digest = self.check_new(adapter_name, is_down, a, b)
         self._parts.setdefault(adapter_name, {})[is_down] = (a, b)
         self._digests[adapter_name, is_down] = digest
 

@@ -40,7 +40,7 @@ _EXCLUDED = {
 
 
 def extend_lora_model(module: ModuleType) -> None:
-    """Wraps the two places of `LoraModel` that know of `target_parameters`, and the one that begins an adapter.
+    """Wraps the two places of `LoraModel` that know of `target_parameters`; those that begin an adapter and its merge.
 
     Args:
         module: `peft.tuners.lora.model`.
@@ -82,6 +82,20 @@ def extend_lora_model(module: ModuleType) -> None:
                 check_numbers(config.to_dict(), f"kt_sft: the config of adapter {adapter_name!r}")
         inject_adapter(self, model, adapter_name, *args, **kwargs)
 
+    check_merge = model_class._check_merge_allowed
+
+    @functools.wraps(check_merge)
+    def _check_merge_allowed(self: Any) -> None:
+        check_merge(self)
+        if not _has_experts(self.model):
+            return
+        from kt_sft.lora import ExpertLora
+
+        for layer in self.model.modules():
+            if isinstance(layer, ExpertLora):
+                layer.check_merge()
+
+    model_class._check_merge_allowed = _check_merge_allowed
     model_class.inject_adapter = inject_checked
     model_class._inject_parameters = _inject_parameters
     model_class._create_and_replace = _create_and_replace

@@ -49,8 +49,12 @@ def test_the_same_adapter_is_refused_however_it_is_kept(kept: str, exported: Pat
     elif kept == "as another PEFT has it":
         adapter = tmp_path / "adapter"
         convert(exported / "adapter", adapter, "peft", peft_version="0.18" if peft_turns_parameters() else "0.19")
-    with pytest.raises(ValueError, match=REFUSED):
-        merged(load(exported / "model"), adapter)
+    model = PeftModel.from_pretrained(load(exported / "model"), adapter)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    for merge in (model.merge_and_unload, model.merge_adapter):
+        with pytest.raises(ValueError, match=REFUSED):
+            merge()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())  # attention's, too
 
 
 def test_another_goes_on_top_and_both_are_recorded(exported: Path, tiny_moe: Path, tmp_path: Path) -> None:

@@ -195,6 +195,14 @@ class TestPeft:
         assert parameters(create)[:3] == ["self", "lora_config", "adapter_name"]
         assert inspect.signature(inspect.unwrap(create)).parameters["parameter_name"].default is None
 
+    def test_merging_is_checked_before_it_begins(self) -> None:
+        check = lora_model.LoraModel._check_merge_allowed
+        assert hasattr(check, "__wrapped__")
+        assert parameters(check) == ["self"]
+        for merge in (tuners_utils.BaseTuner.merge_adapter, tuners_utils.BaseTuner._unload_and_optionally_merge):
+            source = inspect.getsource(merge)
+            assert source.index("self._check_merge_allowed()") < source.index(".merge(")
+
     def test_load_adapter(self) -> None:
         load = peft_model.PeftModel.load_adapter
         assert hasattr(load, "__wrapped__")
