@@ -218,6 +218,7 @@ class TestPeft:
         assert parameters(LoraConfig.from_pretrained.__func__)[1:3] == ["pretrained_model_name_or_path", "subfolder"]
         assert "peft_config.save_pretrained(" in inspect.getsource(peft_model.PeftModel.save_pretrained)
         assert hasattr(PeftConfig.from_pretrained.__func__, "__wrapped__")
+        assert hasattr(PeftConfig.from_json_file.__func__, "__wrapped__")
         assert "safe_save_file(" in inspect.getsource(peft_model.PeftModel.save_pretrained)
         assert parameters(peft_model.safe_save_file)[:3] == ["tensors", "filename", "metadata"]
         assert peft_model.safe_save_file.__wrapped__ is safetensors.torch.save_file
