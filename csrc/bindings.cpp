@@ -208,8 +208,7 @@ void BindLayer(py::module_& m) {
                        double squared_values) { layer.Adopt({squared_error, squared_values}); })
       .def_property_readonly("error",
                              [](const ExpertLayer& layer) {
-                               const QuantisationError error = layer.error();
-                               return py::make_tuple(error.squared_error, error.squared_values);
+                               return std::make_pair(layer.error().squared_error, layer.error().squared_values);
                              })
       .def(
           "write",
