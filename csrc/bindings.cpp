@@ -162,24 +162,6 @@ py::array_t<uint16_t> TakeBf16(const Engine& engine, int64_t rows, int64_t colum
   return py::array_t<uint16_t>({rows, columns}, {columns * 2, int64_t{2}}, data, owner);
 }
 
-LayerCall MakeCall(const ExpertLayer& layer, int64_t tokens, int64_t slots, const std::string& dtype, uintptr_t hidden,
-                   uintptr_t experts, uintptr_t weights, uintptr_t retained, int64_t scratch_bytes,
-                   const std::string& compute) {
-  layer.CheckFiles();
-  LayerCall call;
-  call.compute = ComputeFromName(compute);
-  call.layer = &layer;
-  call.tokens = tokens;
-  call.slots = slots;
-  call.type = DTypeFromName(dtype);
-  call.hidden = Pointer<void>(hidden);
-  call.experts = Pointer<int64_t>(experts);
-  call.weights = Pointer<float>(weights);
-  call.retained = Pointer<Bf16>(retained);
-  call.scratch_bytes = scratch_bytes;
-  return call;
-}
-
 // Adapters in the engine's own format (moe/lora.h), as Python holds them: the padded rank, the scale, four addresses,
 // and dropout's seed and share of 2^32.
 using LoraAddresses = std::tuple<int64_t, float, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uint64_t, uint32_t>;
@@ -237,16 +219,11 @@ void BindLayer(py::module_& m) {
       .def_property_readonly("nbytes", &ExpertLayer::bytes)
       .def_property_readonly("descriptor", &ExpertLayer::descriptor)
       .def("take_huge_pages", &ExpertLayer::TakeHugePages, py::call_guard<py::gil_scoped_release>())
-      .def(
-          "adopt",
-          [](ExpertLayer& layer, double squared_error, double squared_values) {
-            layer.Adopt({squared_error, squared_values});
-          },
-          py::arg("squared_error"), py::arg("squared_values"))
+      .def("adopt", [](ExpertLayer& layer, double squared_error,
+                       double squared_values) { layer.Adopt({squared_error, squared_values}); })
       .def_property_readonly("error",
                              [](const ExpertLayer& layer) {
-                               const QuantisationError error = layer.error();
-                               return py::make_tuple(error.squared_error, error.squared_values);
+                               return std::make_pair(layer.error().squared_error, layer.error().squared_values);
                              })
       .def(
           "write",
@@ -316,6 +293,42 @@ void BindLayer(py::module_& m) {
       });
 }
 
+// One pass's method. Addresses that it has no use for are 0, as is a gradient that is not wanted.
+void BindPass(py::class_<Engine, EngineHolder>& engine, const char* name,
+              std::shared_ptr<Ticket> (Engine::*submit)(const LayerCall&)) {
+  engine.def(
+      name,
+      [submit](Engine& engine, const ExpertLayer& layer, int64_t tokens, int64_t slots, const std::string& dtype,
+               uintptr_t hidden, uintptr_t experts, uintptr_t weights, uintptr_t retained, int64_t scratch_bytes,
+               const std::string& compute, uintptr_t output, uintptr_t output_grad, uintptr_t hidden_grad,
+               uintptr_t weights_grad, const std::optional<LoraAddresses>& lora,
+               const std::optional<LoraGradientAddresses>& lora_grads, py::object held) {
+        layer.CheckFiles();
+        LayerCall call;
+        call.layer = &layer;
+        call.tokens = tokens;
+        call.slots = slots;
+        call.compute = ComputeFromName(compute);
+        call.type = DTypeFromName(dtype);
+        call.hidden = Pointer<void>(hidden);
+        call.experts = Pointer<int64_t>(experts);
+        call.weights = Pointer<float>(weights);
+        call.lora = MakeLora(lora);
+        call.scratch_bytes = scratch_bytes;
+        call.retained = Pointer<Bf16>(retained);
+        call.output = Pointer<void>(output);
+        call.output_grad = Pointer<void>(output_grad);
+        call.hidden_grad = Pointer<void>(hidden_grad);
+        call.weights_grad = Pointer<float>(weights_grad);
+        call.lora_grads = MakeLoraGradients(lora_grads);
+        return std::make_unique<HeldTicket>(engine, (engine.*submit)(call), std::move(held));
+      },
+      py::keep_alive<0, 1>(), py::kw_only(), py::arg("layer"), py::arg("tokens"), py::arg("slots"), py::arg("dtype"), py::arg("hidden"),
+      py::arg("experts"), py::arg("weights"), py::arg("retained"), py::arg("scratch_bytes"), py::arg("compute"),
+      py::arg("output") = 0, py::arg("output_grad") = 0, py::arg("hidden_grad") = 0, py::arg("weights_grad") = 0,
+      py::arg("lora") = py::none(), py::arg("lora_grads") = py::none(), py::arg("held"));
+}
+
 void BindEngine(py::module_& m) {
   py::class_<HeldTicket>(m, "Ticket")
       .def(
@@ -325,7 +338,10 @@ void BindEngine(py::module_& m) {
       .def_property_readonly("done", &HeldTicket::done)
       .def_property_readonly("span", &HeldTicket::Span, "(start, end) of the work in seconds of time.monotonic().");
 
-  py::class_<Engine, EngineHolder>(m, "Engine")
+  py::class_<Engine, EngineHolder> engine(m, "Engine");
+  BindPass(engine, "submit_forward", &Engine::SubmitForward);
+  BindPass(engine, "submit_backward", &Engine::SubmitBackward);
+  engine
       .def(py::init([](int threads, const std::vector<std::vector<int>>& node_cpus, const TierNames& tiers,
                        int64_t spin_us) {
              return EngineHolder(new Engine(threads, node_cpus, KernelsFor(tiers), std::chrono::microseconds(spin_us)));
@@ -334,51 +350,16 @@ void BindEngine(py::module_& m) {
       .def_property_readonly("threads", &Engine::threads)
       .def_property_readonly("tier", [](const Engine& engine) { return TierName(engine.kernels().tier); })
       .def("take_bf16", &TakeBf16, py::arg("rows"), py::arg("columns"))
-      .def(
-          "submit_forward",
-          [](Engine& engine, const ExpertLayer& layer, int64_t tokens, int64_t slots, const std::string& dtype,
-             uintptr_t hidden, uintptr_t experts, uintptr_t weights, uintptr_t retained, int64_t scratch_bytes,
-             const std::string& compute, uintptr_t output, const std::optional<LoraAddresses>& lora, py::object held) {
-            LayerCall call =
-                MakeCall(layer, tokens, slots, dtype, hidden, experts, weights, retained, scratch_bytes, compute);
-            call.lora = MakeLora(lora);
-            call.output = Pointer<void>(output);
-            return std::make_unique<HeldTicket>(engine, engine.SubmitForward(call), std::move(held));
-          },
-          py::keep_alive<0, 1>(), py::kw_only(), py::arg("layer"), py::arg("tokens"), py::arg("slots"),
-          py::arg("dtype"), py::arg("hidden"), py::arg("experts"), py::arg("weights"), py::arg("retained"),
-          py::arg("scratch_bytes"), py::arg("compute"), py::arg("output"), py::arg("lora") = py::none(),
-          py::arg("held"))
-      .def(
-          "submit_backward",
-          [](Engine& engine, const ExpertLayer& layer, int64_t tokens, int64_t slots, const std::string& dtype,
-             uintptr_t hidden, uintptr_t experts, uintptr_t weights, uintptr_t retained, int64_t scratch_bytes,
-             const std::string& compute, uintptr_t output_grad, uintptr_t hidden_grad, uintptr_t weights_grad,
-             const std::optional<LoraAddresses>& lora, const std::optional<LoraGradientAddresses>& lora_grads,
-             py::object held) {
-            LayerCall call =
-                MakeCall(layer, tokens, slots, dtype, hidden, experts, weights, retained, scratch_bytes, compute);
-            call.lora = MakeLora(lora);
-            call.lora_grads = MakeLoraGradients(lora_grads);
-            call.output_grad = Pointer<void>(output_grad);
-            call.hidden_grad = Pointer<void>(hidden_grad);
-            call.weights_grad = Pointer<float>(weights_grad);
-            return std::make_unique<HeldTicket>(engine, engine.SubmitBackward(call), std::move(held));
-          },
-          py::keep_alive<0, 1>(), py::kw_only(), py::arg("layer"), py::arg("tokens"), py::arg("slots"),
-          py::arg("dtype"), py::arg("hidden"), py::arg("experts"), py::arg("weights"), py::arg("retained"),
-          py::arg("scratch_bytes"), py::arg("compute"), py::arg("output_grad"), py::arg("hidden_grad"),
-          py::arg("weights_grad"), py::arg("lora") = py::none(), py::arg("lora_grads") = py::none(), py::arg("held"))
       .def("stats",
            [](const Engine& engine) {
              const EngineStats stats = engine.stats();
              py::dict facts;
-             facts["forward_calls"] = stats.forward_calls;
-             facts["backward_calls"] = stats.backward_calls;
-             facts["forward_tokens"] = stats.forward_tokens;
-             facts["backward_tokens"] = stats.backward_tokens;
-             facts["forward_seconds"] = stats.forward_seconds;
-             facts["backward_seconds"] = stats.backward_seconds;
+             facts["forward_calls"] = stats.forward.calls;
+             facts["backward_calls"] = stats.backward.calls;
+             facts["forward_tokens"] = stats.forward.tokens;
+             facts["backward_tokens"] = stats.backward.tokens;
+             facts["forward_seconds"] = stats.forward.seconds;
+             facts["backward_seconds"] = stats.backward.seconds;
              facts["scratch_bytes"] = stats.scratch_bytes;
              facts["kept_bytes"] = stats.kept_bytes;
              return facts;

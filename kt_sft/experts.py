@@ -45,12 +45,14 @@ class CpuExperts(nn.Module):
     Attributes:
         merged: What merging adapters left behind. The weights themselves are frozen and rounded, so the engine goes on
             computing them plus this, in both passes; saving writes the source's weights plus `merged.delta`.
+        merged_digests: Of the adapters' parts in it, and of those that the weights had in them when they were loaded.
         loaded_a_meets_inputs: While an adapter is loaded: whether its A is on the input side, whatever the sizes.
         meter: Notes what the engine's passes cost, where there is one.
         beside: Called with the hidden states between submitting and awaiting: what it computes runs beside the engine.
     """
 
     merged: LowRank | None = None
+    merged_digests: frozenset[str] = frozenset()
     loaded_a_meets_inputs: bool | None = None
     beside: Callable[[Tensor], None] | None = None
     meter: Meter | None = None

@@ -99,7 +99,7 @@ class ExpertLora(nn.Module, LoraLayer):
         self._merged: MergedAdapters = (
             base_layer._merged
             if isinstance(base_layer, ExpertLora)
-            else MergedAdapters(experts.merged, experts.num_experts, *sizes)
+            else MergedAdapters(experts.merged, experts.merged_digests, experts.num_experts, *sizes)
         )
 
     @property
@@ -246,7 +246,21 @@ class ExpertLora(nn.Module, LoraLayer):
                 if factors is not None:
                     self._merge(name, factors, safe_merge)
         finally:
-            self.experts.merged = self._merged.total()
+            self._tell_experts()
+
+    def _tell_experts(self) -> None:
+        self.experts.merged, self.experts.merged_digests = self._merged.total(), self._merged.digests()
+
+    def check_merge(self) -> None:
+        """Whether the active adapters can be merged, before any is: PEFT merges layer after layer.
+
+        Raises:
+            ValueError: One has the values of one that is merged already.
+        """
+        for name in self.active_adapters if self._merged.digests() else ():
+            factors = self.factors(name)
+            if factors is not None and name not in self.merged_adapters:
+                self._merged.check_new(name, self.is_down, *snapshot(factors))
 
     def _merge(self, name: str, factors: Factors, safe_merge: bool) -> None:
         if name in self.merged_adapters:
@@ -255,11 +269,6 @@ class ExpertLora(nn.Module, LoraLayer):
             )
         with torch.inference_mode(False):  # what is merged stays, and may meet training
             a, b = snapshot(factors)
-        if self._merged.holds(self.is_down, a, b):
-            raise ValueError(
-                f"kt_sft: adapter {name!r} has the values of one that is merged into {self.parameter_name} already; "
-                "its change would count twice"
-            )
         if safe_merge and not (a.isfinite().all() and b.isfinite().all()):
             raise ValueError(f"kt_sft: adapter {name!r} has values on {self.parameter_name} that are not finite")
         self._merged.add(name, self.is_down, a, b)
@@ -272,7 +281,7 @@ class ExpertLora(nn.Module, LoraLayer):
             return
         while self.merged_adapters:
             self._merged.remove(self.merged_adapters.pop(), self.is_down)
-        self.experts.merged = self._merged.total()
+        self._tell_experts()
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None

@@ -5,6 +5,8 @@ Shape letters: E experts, H hidden size, I expert intermediate size, r rank.
 
 from __future__ import annotations
 
+import hashlib
+
 import torch
 from torch import Tensor
 
@@ -17,42 +19,64 @@ class MergedAdapters:
 
     Args:
         before: What was merged before these layers were there.
+        before_digests: Of that, and of what was merged into the weights before they were loaded.
         num_experts: E.
         gate_up_sizes: What one expert's gate and up take, and what they give: (H, 2I).
         down_sizes: (I, H).
     """
 
     def __init__(
-        self, before: LowRank | None, num_experts: int, gate_up_sizes: tuple[int, int], down_sizes: tuple[int, int]
+        self,
+        before: LowRank | None,
+        before_digests: frozenset[str],
+        num_experts: int,
+        gate_up_sizes: tuple[int, int],
+        down_sizes: tuple[int, int],
     ) -> None:
         self._before = before
+        self._before_digests = before_digests
         self._num_experts = num_experts
         self._sizes = {False: gate_up_sizes, True: down_sizes}
         self._parts: dict[str, dict[bool, tuple[Tensor, Tensor]]] = {}
+        self._digests: dict[tuple[str, bool], str | None] = {}
 
     @property
     def for_good(self) -> bool:
         """Whether something was merged before these layers were there."""
         return self._before is not None
 
-    def holds(self, is_down: bool, a: Tensor, b: Tensor) -> bool:
-        """Whether an adapter with these very values is merged; one that changes nothing never counts."""
-        held = [parts[is_down] for parts in self._parts.values() if is_down in parts]
-        if (before := self._before) is not None:
-            there = (before.down_a, before.down_b) if is_down else (before.gate_up_a, before.gate_up_b)
-            places = [slice(first, first + a.shape[1]) for first in range(before.rank - a.shape[1] + 1)]
-            held += [(there[0][:, place], there[1][:, :, place]) for place in places]
-        trained = bool(a.any()) and bool(b.any())
-        return trained and any(torch.equal(a, other_a) and torch.equal(b, other_b) for other_a, other_b in held)
+    def digests(self) -> frozenset[str]:
+        """Of all that is merged."""
+        return self._before_digests | {digest for digest in self._digests.values() if digest is not None}
+
+    def check_new(self, adapter_name: str, is_down: bool, a: Tensor, b: Tensor) -> str | None:
+        """The digest of an adapter's part on down, or on gate and up, as `snapshot` gives it.
+
+        Raises:
+            ValueError: An adapter with these very values is merged, under whatever name.
+        """
+        digest = digest_of(is_down, a, b)
+        if digest in self.digests():
+            raise ValueError(
+                f"kt_sft: adapter {adapter_name!r} has the values of one that is merged into the experts already, here "
+                "or in the checkpoint that they were loaded from; its change would count twice, so leave it out"
+            )
+        return digest
 
     def add(self, adapter_name: str, is_down: bool, a: Tensor, b: Tensor) -> None:
-        """Adds an adapter's part on down, or on gate and up, as `snapshot` gives it."""
+        """Adds such a part.
+
+        Raises:
+            ValueError: As of `check_new`.
+        """
+        digest = self.check_new(adapter_name, is_down, a, b)
         self._parts.setdefault(adapter_name, {})[is_down] = (a, b)
+        self._digests[adapter_name, is_down] = digest
 
     def remove(self, adapter_name: str, is_down: bool) -> None:
         """Takes such a part back."""
         parts = self._parts[adapter_name]
-        del parts[is_down]
+        del parts[is_down], self._digests[adapter_name, is_down]
         if not parts:
             del self._parts[adapter_name]
 
@@ -81,3 +105,13 @@ def snapshot(factors: Factors) -> tuple[Tensor, Tensor]:
     """An adapter's matrices as they are now, copied to the CPU: FP32 A [E, r, in], and B [E, out, r] with its scale."""
     a, b = factors.a.detach(), factors.b.detach().flatten(1, -2)
     return a.to("cpu", torch.float32).clone(), b.to("cpu", torch.float32) * factors.scale
+
+
+def digest_of(is_down: bool, a: Tensor, b: Tensor) -> str | None:
+    """What tells the values of a `snapshot` from others, whatever file they came from; None if they change nothing."""
+    if not (a.any() and b.any()):
+        return None
+    digest = hashlib.sha256(repr((is_down, a.shape, b.shape)).encode())
+    for tensor in (a, b):
+        digest.update(tensor.contiguous().numpy().data)
+    return digest.hexdigest()[:32]

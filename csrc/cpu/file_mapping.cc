@@ -8,7 +8,11 @@
 
 #include <cerrno>
 #include <cstring>
+#include <new>
 #include <stdexcept>
+
+#include "cpu/memory.h"
+#include "cpu/numeric.h"
 
 namespace kt {
 namespace {
@@ -60,24 +64,10 @@ FileMapping::FileMapping(const std::string& path) : path_(path) {
     size_ = facts.st_size;
     changed_ = TimeOfChange(facts);
     if (size_ == 0) return;
-    // At a huge page's start, so that the file's own huge pages can be mapped as such.
-    const size_t bytes = static_cast<size_t>(size_), reserved = bytes + kHugePage;
-    void* const space = mmap(nullptr, reserved, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (space == MAP_FAILED) Fail("map", path);
-    uint8_t* const start = static_cast<uint8_t*>(space);
-    const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE)),
-                 before = -reinterpret_cast<uintptr_t>(start) % kHugePage;
-    const size_t used = (bytes + page - 1) / page * page;
-    if (mmap(start + before, bytes, PROT_READ, MAP_SHARED | MAP_FIXED, descriptor_, 0) == MAP_FAILED) {
-      munmap(space, reserved);
-      Fail("map", path);
-    }
-    if (before > 0) munmap(start, before);
-    if (before + used < reserved) munmap(start + before + used, reserved - before - used);
-    data_ = start + before;
-#if defined(MADV_HUGEPAGE)
-    madvise(start + before, bytes, MADV_HUGEPAGE);  // advice only; file systems with large folios follow it
-#endif
+    data_ = MapFile(descriptor_, static_cast<size_t>(RoundUp(size_, sysconf(_SC_PAGESIZE))), PROT_READ);
+  } catch (const std::bad_alloc&) {
+    close(descriptor_);
+    Fail("map", path);
   } catch (...) {
     close(descriptor_);
     throw;

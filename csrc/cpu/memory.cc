@@ -47,7 +47,8 @@ void AskForHugePages([[maybe_unused]] uint8_t* data, [[maybe_unused]] size_t siz
 #endif
 }
 
-// A file's first `size` bytes, as all processes see them.
+}  // namespace
+
 uint8_t* MapFile(int descriptor, size_t size, int protection) {
   uint8_t* const data = Reserve(size, PROT_NONE, MAP_NORESERVE);
   if (mmap(data, size, protection, MAP_SHARED | MAP_FIXED, descriptor, 0) == MAP_FAILED) {
@@ -57,8 +58,6 @@ uint8_t* MapFile(int descriptor, size_t size, int protection) {
   AskForHugePages(data, size);
   return data;
 }
-
-}  // namespace
 
 Block::Block(size_t bytes) {
   if (bytes == 0) return;

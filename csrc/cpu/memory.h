@@ -10,6 +10,10 @@
 
 namespace kt {
 
+// A file's first `size` bytes, whole pages, as all processes see them; at a huge page's start where one fits, so that
+// the file's own huge pages can be mapped as such. Throws std::bad_alloc, with errno as the system has it.
+uint8_t* MapFile(int descriptor, size_t size, int protection);
+
 // One mapping of memory. Untouched pages cost nothing. The pages the system reserves for MAP_HUGETLB are left alone:
 // few machines have any, and MADV_HUGEPAGE gives the same without.
 class Block {

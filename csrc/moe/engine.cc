@@ -146,25 +146,22 @@ std::shared_ptr<Ticket> Engine::Submit(std::function<void()> work) {
 }
 
 std::shared_ptr<Ticket> Engine::SubmitForward(const LayerCall& call) {
-  return Submit([this, call] {
-    const Clock::time_point start = Clock::now();
-    pass_.Forward(call);
-    const std::lock_guard<std::mutex> lock(mutex_);
-    ++stats_.forward_calls;
-    stats_.forward_tokens += call.tokens;
-    stats_.forward_seconds += SecondsSince(start);
-    stats_.scratch_bytes = static_cast<int64_t>(pass_.scratch_bytes());
-  });
+  return SubmitPass(&Pass::Forward, call, &stats_.forward);
 }
 
 std::shared_ptr<Ticket> Engine::SubmitBackward(const LayerCall& call) {
-  return Submit([this, call] {
+  return SubmitPass(&Pass::Backward, call, &stats_.backward);
+}
+
+std::shared_ptr<Ticket> Engine::SubmitPass(void (Pass::*pass)(const LayerCall&), const LayerCall& call,
+                                           PassStats* stats) {
+  return Submit([this, pass, call, stats] {
     const Clock::time_point start = Clock::now();
-    pass_.Backward(call);
+    (pass_.*pass)(call);
     const std::lock_guard<std::mutex> lock(mutex_);
-    ++stats_.backward_calls;
-    stats_.backward_tokens += call.tokens;
-    stats_.backward_seconds += SecondsSince(start);
+    ++stats->calls;
+    stats->tokens += call.tokens;
+    stats->seconds += SecondsSince(start);
     stats_.scratch_bytes = static_cast<int64_t>(pass_.scratch_bytes());
   });
 }

@@ -47,10 +47,13 @@ class Ticket {
   std::exception_ptr error_;
 };
 
+struct PassStats {
+  int64_t calls = 0, tokens = 0;
+  double seconds = 0;  // the engine at work, waiting not counted
+};
+
 struct EngineStats {
-  int64_t forward_calls = 0, backward_calls = 0;
-  int64_t forward_tokens = 0, backward_tokens = 0;
-  double forward_seconds = 0, backward_seconds = 0;  // the engine at work, waiting not counted
+  PassStats forward, backward;
   int64_t scratch_bytes = 0, kept_bytes = 0;
 };
 
@@ -110,6 +113,7 @@ class Engine {
   void Loop();
   uint64_t Progress() const;
   void CheckRunning() const;
+  std::shared_ptr<Ticket> SubmitPass(void (Pass::*pass)(const LayerCall&), const LayerCall& call, PassStats* stats);
   MachinePeak MeasurePeak();
 
   const TierKernels& kernels_;

@@ -44,8 +44,8 @@ TEST(TicketsFromManyThreadsGiveTheResultsOfOne) {
     for (std::thread& thread : threads) thread.join();
     CHECK(wrong.load() == 0);
     const EngineStats stats = engine.stats();
-    CHECK(stats.forward_calls == kThreads * kCalls && stats.backward_calls == kThreads * kCalls);
-    CHECK(stats.forward_tokens == stats.backward_tokens && stats.forward_seconds > 0 && stats.scratch_bytes > 0);
+    CHECK(stats.forward.calls == kThreads * kCalls && stats.backward.calls == kThreads * kCalls);
+    CHECK(stats.forward.tokens == stats.backward.tokens && stats.forward.seconds > 0 && stats.scratch_bytes > 0);
   }
 }
 

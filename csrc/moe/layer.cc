@@ -37,6 +37,10 @@ void ReadExactly(const FileDescriptor& file, const std::string& path, int64_t of
   }
 }
 
+void CopyRows(const uint8_t* from, int64_t stride, int64_t rows, int64_t bytes, uint8_t* to) {
+  for (int64_t r = 0; r < rows; ++r) std::memcpy(to + r * bytes, from + r * stride, static_cast<size_t>(bytes));
+}
+
 // One row as FP32; throws where a value is not finite, or would not be as BF16.
 void LoadFiniteRow(const SourceMatrix& source, int64_t first_row, int64_t row, int64_t columns, float* out) {
   uint32_t bad = 0;
@@ -228,10 +232,8 @@ void ExpertLayer::ReadFile(Matrix matrix, int64_t expert, const std::string& pat
 
 void ExpertLayer::WriteCodes(Matrix matrix, int64_t expert, const SourceCodes& source) {
   CheckKind(source);
-  const int64_t bytes = storage_.row_bytes(columns(matrix));
   uint8_t* const to = WritableBase(matrix, expert);
-  for (int64_t r = 0; r < rows(matrix); ++r)
-    std::memcpy(to + r * bytes, source.codes + r * source.row_stride, static_cast<size_t>(bytes));
+  CopyRows(source.codes, source.row_stride, rows(matrix), storage_.row_bytes(columns(matrix)), to);
   CheckCodes(matrix, to);
   FinishCodes(matrix, expert, source);
 }
@@ -258,8 +260,7 @@ void ExpertLayer::ReadCodes(Matrix matrix, int64_t expert, const std::string& pa
     const int64_t count = std::min(rows_at_once, height - r);
     buffer.resize(static_cast<size_t>((count - 1) * stride + bytes));
     ReadExactly(file, path, offset + r * stride, buffer.data(), static_cast<int64_t>(buffer.size()));
-    for (int64_t i = 0; i < count; ++i)
-      std::memcpy(to + (r + i) * bytes, buffer.data() + i * stride, static_cast<size_t>(bytes));
+    CopyRows(buffer.data(), stride, count, bytes, to + r * bytes);
   }
   CheckCodes(matrix, to);
   FinishCodes(matrix, expert, layout);

@@ -106,10 +106,16 @@ def _saving() -> str | None:
 
 
 def _checkpoints() -> str | None:
-    save = importlib.import_module("transformers.trainer").Trainer._save_checkpoint
-    if not hasattr(save, "__wrapped__"):
-        return "kt_sft is not attached to Trainer._save_checkpoint"
-    return _takes(save, ["self", "model", "trial"])
+    trainer = importlib.import_module("transformers.trainer").Trainer
+    for name, expected in (
+        ("_save_checkpoint", ["self", "model", "trial"]),
+        ("_load_from_checkpoint", ["self", "resume_from_checkpoint", "model"]),
+    ):
+        method = getattr(trainer, name)
+        wrong = _takes(method, expected) if hasattr(method, "__wrapped__") else f"kt_sft is not attached to {name}"
+        if wrong is not None:
+            return wrong
+    return None
 
 
 def _steps() -> str | None:

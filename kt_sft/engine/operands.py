@@ -80,7 +80,7 @@ class Dropout:
         """With a new seed of torch's own generator of the CPU, which checkpointing restores to compute a call again."""
         if share == 0:
             return cls()
-        return cls(int(torch.randint(1 << 62, (), device="cpu")), round(share * 2**32))
+        return cls(int(torch.randint(1 << 62, (), device="cpu")), min(round(share * 2**32), 2**32 - 1))
 
     @property
     def scale(self) -> float:

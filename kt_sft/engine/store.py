@@ -19,7 +19,6 @@ from kt_sft.engine.readahead import Neighbours
 #: `MappedFile(path)` maps a whole file. Raises RuntimeError, naming it, where that cannot be.
 MappedFile = _native.FileMapping
 
-ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu2", "swiglu_oai")
 MATRICES = ("gate", "up", "down")
 
 _DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -62,14 +61,13 @@ def matrix_bytes(
 class LayerStore:
     """The weights of one layer's E experts: one copy, rows in the checkpoint's order, gate and up [I, H], down [H, I].
 
-    It is a plain object, neither module nor tensor: moving or casting a model leaves it alone, and copying one shares
-    it.
+    It is a plain object, neither module nor tensor: moving or casting a model leaves it alone, copies of one share it.
 
     Args:
         num_experts: E.
         hidden_size: H.
         intermediate_size: I.
-        activation: One of `ACTIVATIONS`, by transformers' name.
+        activation: silu, gelu, gelu_pytorch_tanh, relu2 or swiglu_oai, as transformers calls them.
         gated: Whether experts have a gate matrix.
         gate_up_bias: [E, 2I], gate first ([E, I] ungated), any float dtype.
         down_bias: [E, H].
@@ -142,9 +140,14 @@ class LayerStore:
         return self.native.nbytes
 
     @property
+    def error(self) -> tuple[float, float]:
+        """What storing did to the weights: the sums of (weight - stored weight)^2 and of weight^2."""
+        return self.native.error
+
+    @property
     def relative_error(self) -> float:
-        """What storing did to the weights so far: the root of sum (weight - stored)² / sum weight²; 0 for exact."""
-        squared_error, squared_values = self.native.error
+        """The root of those sums' quotient so far; 0 for exact."""
+        squared_error, squared_values = self.error
         return math.sqrt(squared_error / squared_values) if squared_values else 0.0
 
     @property
@@ -168,8 +171,7 @@ class LayerStore:
 
         Raises:
             ValueError: The shape or the device is wrong, or a value is not finite (or becomes infinite in BF16); the
-                message names
-                its place.
+                message names its place.
             TypeError: The dtype is not supported.
         """
         if tuple(source.shape) != self.shape(matrix):
@@ -177,9 +179,7 @@ class LayerStore:
         if source.device.type != "cpu":
             raise ValueError(f"kt_sft: {matrix} is on {source.device}; move it to the CPU first")
         source = source.detach()
-        row_stride, column_stride = source.stride()
-        name = dtype_name(source.dtype, matrix)
-        self.native.write(matrix, expert, source.data_ptr(), name, row_stride, column_stride)
+        self.native.write(matrix, expert, source.data_ptr(), dtype_name(source.dtype, matrix), *source.stride())
 
     def read_file(
         self,
@@ -342,16 +342,8 @@ class LayerStore:
         """The open file that a `shared` store's memory is, for another process to map; it lives with the store."""
         return self.native.descriptor
 
-    @property
-    def error(self) -> tuple[float, float]:
-        """What storing did to the weights: the sums of (weight - stored weight)^2 and of weight^2."""
-        return self.native.error
-
     def take_huge_pages(self) -> None:
-        """Takes the memory of a `shared` store now, before anything is stored, in huge pages where the system has them.
-
-        Runs without the GIL.
-        """
+        """Takes an empty `shared` store's memory now, in huge pages where the system has them; without the GIL."""
         self.native.take_huge_pages()
 
     def adopt(self, error: tuple[float, float]) -> None:

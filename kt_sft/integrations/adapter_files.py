@@ -142,7 +142,8 @@ def check_numbers(config: Mapping[str, Any], path: str) -> None:
     if not _is_number(rank, int) or rank < 1 or not _is_number(alpha, (int, float)):
         raise AdapterFileError(f"{path} has no usable rank and alpha: r is {rank!r}, lora_alpha is {alpha!r}")
     for name, kind in (("rank_pattern", int), ("alpha_pattern", (int, float))):
-        patterns = config.get(name) or {}
+        patterns = config.get(name)
+        patterns = {} if patterns is None else patterns
         if not isinstance(patterns, dict):
             raise AdapterFileError(f"{path}: {name} is {patterns!r}, not an object of names and numbers")
         for pattern, value in patterns.items():

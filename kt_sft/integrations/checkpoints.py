@@ -22,6 +22,7 @@ from types import ModuleType
 from typing import Any
 
 from kt_sft.config import ConfigError, local_rank_and_size
+from kt_sft.integrations.value_heads import VALUE_HEAD
 from kt_sft.loading.checkpoint import read_header
 from kt_sft.loading.durable import write_out, write_out_folder
 from kt_sft.loading.errors import CheckpointError
@@ -99,13 +100,14 @@ def _written_last(state: Any, folder: Path) -> Iterator[None]:
         del state.save_to_json
 
 
-def settle_resumed(training_args: Any) -> str | None:
+def settle_resumed(training_args: Any, stage: str) -> str | None:
     """Decides what a run resumes from; returns the folder, or None where training starts anew.
 
     Where the recipe names no folder, the newest complete one is taken, and a warning names those that are skipped.
 
     Args:
         training_args: As LLaMA-Factory has parsed them; `resume_from_checkpoint` is changed.
+        stage: LLaMA-Factory's name of what is trained.
 
     Raises:
         ConfigError: The recipe asks for the last checkpoint, and none is complete.
@@ -115,7 +117,7 @@ def settle_resumed(training_args: Any) -> str | None:
         return None
     if resumed is not True and not isinstance(resumed, FoundCheckpoint):
         return resumed
-    complete, skipped = _newest_complete(training_args)
+    complete, skipped = _newest_complete(training_args, stage)
     if complete is None and resumed is True:
         raise ConfigError(
             f"kt_sft: resume_from_checkpoint asks for the last checkpoint in {training_args.output_dir}, where none is "
@@ -131,13 +133,13 @@ def settle_resumed(training_args: Any) -> str | None:
     return complete
 
 
-def check_complete(folder: str, training_args: Any) -> None:
+def check_complete(folder: str, training_args: Any, stage: str) -> None:
     """Refuses to resume from a checkpoint that is damaged or lacks something.
 
     Raises:
         ConfigError: It does.
     """
-    defect = _defect(Path(folder), training_args)
+    defect = _defect(Path(folder), training_args, stage)
     if defect is not None:
         raise ConfigError(
             f"kt_sft: resume_from_checkpoint {folder} is no complete checkpoint: {defect}; name another one, or start "
@@ -145,7 +147,7 @@ def check_complete(folder: str, training_args: Any) -> None:
         )
 
 
-def _newest_complete(training_args: Any) -> tuple[str | None, list[str]]:
+def _newest_complete(training_args: Any, stage: str) -> tuple[str | None, list[str]]:
     """The folder, and what is wrong with the newer ones."""
     root = Path(training_args.output_dir)
     skipped: list[str] = []
@@ -154,14 +156,14 @@ def _newest_complete(training_args: Any) -> tuple[str | None, list[str]]:
     for _, folder in sorted(numbered, reverse=True):
         if not folder.is_dir():
             continue
-        defect = _defect(folder, training_args)
+        defect = _defect(folder, training_args, stage)
         if defect is None:
             return os.fspath(folder), skipped
         skipped.append(f"{folder} ({defect})")
     return None, skipped
 
 
-def _defect(folder: Path, training_args: Any) -> str | None:
+def _defect(folder: Path, training_args: Any, stage: str) -> str | None:
     """What keeps a run from resuming from a folder as if it had not been interrupted; None if nothing does."""
     if not folder.is_dir():
         return "there is no such folder"
@@ -176,6 +178,8 @@ def _defect(folder: Path, training_args: Any) -> str | None:
     adapters = [*folder.glob(_ADAPTER), *folder.glob(f"*/{_ADAPTER}")]  # of several each has a folder of its own
     if not adapters:
         return f"{_ADAPTER} is missing"
+    if stage == "rm" and not (folder / VALUE_HEAD).is_file():
+        return f"{VALUE_HEAD} is missing"
     for file in sorted({*adapters, *folder.glob("*.safetensors")}):
         try:
             read_header(file)

@@ -378,10 +378,10 @@ def _check_trained_adapter(model_args: Any, finetuning_args: Any, training_args:
     merged = [each for each in adapters if each != continued and _check_adapters(model_args, each) is not None]
     check_dropout(dropout, merged, unsloth_gc=model_args.use_unsloth_gc)
     _show_log()
-    resumed = settle_resumed(training_args)
+    resumed = settle_resumed(training_args, finetuning_args.stage)
     if resumed is not None:
         check_resumed(resumed, settings.lora_experts if continued is None else None)
-        check_complete(resumed, training_args)
+        check_complete(resumed, training_args, finetuning_args.stage)
 
 
 def _show_log() -> None:

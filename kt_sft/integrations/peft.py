@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from types import ModuleType
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from kt_sft.experts import CpuExperts
     from kt_sft.lora import ExpertLora
 
+logger = logging.getLogger("kt_sft")
+
 #: Settings of a LoraConfig that adapters on experts do not have, with the way out.
 _EXCLUDED = {
     "use_dora": "train plain LoRA",
@@ -37,7 +40,7 @@ _EXCLUDED = {
 
 
 def extend_lora_model(module: ModuleType) -> None:
-    """Wraps the two places of `LoraModel` that know of `target_parameters`, and the one that begins an adapter.
+    """Wraps the two places of `LoraModel` that know of `target_parameters`; those that begin an adapter and its merge.
 
     Args:
         module: `peft.tuners.lora.model`.
@@ -79,6 +82,20 @@ def extend_lora_model(module: ModuleType) -> None:
                 check_numbers(config.to_dict(), f"kt_sft: the config of adapter {adapter_name!r}")
         inject_adapter(self, model, adapter_name, *args, **kwargs)
 
+    check_merge = model_class._check_merge_allowed
+
+    @functools.wraps(check_merge)
+    def _check_merge_allowed(self: Any) -> None:
+        check_merge(self)
+        if not _has_experts(self.model):
+            return
+        from kt_sft.lora import ExpertLora
+
+        for layer in self.model.modules():
+            if isinstance(layer, ExpertLora):
+                layer.check_merge()
+
+    model_class._check_merge_allowed = _check_merge_allowed
     model_class.inject_adapter = inject_checked
     model_class._inject_parameters = _inject_parameters
     model_class._create_and_replace = _create_and_replace
@@ -108,6 +125,7 @@ def extend_peft_model(module: ModuleType) -> None:
         with _orientation(self, stored):
             result = load(self, model_id, adapter_name, *args, **kwargs)
         _check_complete(model_id, adapter_name, result)
+        _warn_if_merged(self, model_id, adapter_name)
         return result
 
     model_class.load_adapter = load_adapter
@@ -305,3 +323,21 @@ def _check_complete(model_id: Any, adapter_name: str, result: Any) -> None:
     ):
         if keys:
             raise ValueError(f"kt_sft: the adapter in {model_id} {what}: {keys[0]} and {len(keys) - 1} more")
+
+
+def _warn_if_merged(model: nn.Module, model_id: Any, adapter_name: str) -> None:
+    """Merging such an adapter is an error; to go on with it is for the user to decide."""
+    from kt_sft.lora import ExpertLora
+    from kt_sft.merged_adapters import digest_of, snapshot
+
+    for layer in model.modules():
+        if not isinstance(layer, ExpertLora) or not layer.experts.merged_digests:
+            continue
+        factors = layer.factors(adapter_name)
+        if factors is not None and digest_of(layer.is_down, *snapshot(factors)) in layer.experts.merged_digests:
+            logger.warning(
+                "the adapter in %s is merged into this model's experts already; with it its change counts twice, so "
+                "leave it out if that is not what you want",
+                model_id,
+            )
+            return

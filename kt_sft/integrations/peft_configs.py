@@ -13,6 +13,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from kt_sft.integrations.adapter_saving import whole_file
 
 logger = logging.getLogger("kt_sft")
@@ -69,6 +71,16 @@ def extend_lora_config(module: ModuleType) -> None:
             setattr(config, _SOURCE, (pretrained_model_name_or_path, kwargs | {"subfolder": subfolder}))
         return config
 
+    read = owner.from_json_file.__func__
+
+    @functools.wraps(read)
+    def from_json_file(cls: type, path_json_file: Any, **kwargs: Any) -> Any:
+        try:
+            return read(cls, path_json_file, **kwargs)
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:  # which name no file
+            raise ValueError(f"kt_sft: the adapter's config {path_json_file} is no JSON ({error})") from error
+
+    owner.from_json_file = classmethod(from_json_file)
     config_class.save_pretrained = save_pretrained
     # For configs that are asked for as PeftConfig, too: so a user, or AutoPeftModel, gets the one of a folder.
     owner.from_pretrained = classmethod(from_pretrained)
@@ -155,7 +167,7 @@ def stored_config(model_id: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_weights(model_id: Any, settings: Mapping[str, Any]) -> None:
-    """Looks at the header of the weights that PEFT is going to read: what it says of damaged ones names no file.
+    """Looks at the header of the weights that PEFT is going to read; what it says itself of damaged ones names no file.
 
     Raises:
         CheckpointError: They are cut off or damaged, or a local folder has none.
@@ -174,6 +186,11 @@ def check_weights(model_id: Any, settings: Mapping[str, Any]) -> None:
             raise CheckpointError(f"{folder} has no {SAFETENSORS_WEIGHTS_NAME}, no adapter's weights") from error
         return
     read_header(path)
+    try:
+        with safe_open(path, framework="pt"):  # every byte must be of some tensor
+            pass
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is damaged ({error})") from error
 
 
 def _file_of(model_id: Any, name: str, settings: Mapping[str, Any]) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from kt_sft.integrations import checkpoints, interleaving, monitoring
+from kt_sft.integrations import checkpoints, interleaving, monitoring, value_heads
 
 
 def extend_trainer(module: ModuleType) -> None:
@@ -14,5 +14,6 @@ def extend_trainer(module: ModuleType) -> None:
         module: `transformers.trainer`.
     """
     checkpoints.extend_trainer(module)
+    value_heads.extend_trainer(module)
     monitoring.extend_callbacks(module)
     interleaving.extend_trainer(module)

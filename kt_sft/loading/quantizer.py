@@ -27,6 +27,7 @@ from kt_sft.loading.layout import ExpertLayout, find_experts
 from kt_sft.loading.mapped import decide_mapped
 from kt_sft.loading.mapping import ModulePlan, block_of, feeds_experts, plan_experts
 from kt_sft.loading.memory import experts_bytes, not_enough, require_bytes, scales_bytes
+from kt_sft.loading.merged_record import read_record, write_record
 from kt_sft.loading.merging import merge_saved, merged_changes
 from kt_sft.loading.processes import Loader, loader_for
 from kt_sft.loading.saving import check_target, keep_quantization, state_with_experts
@@ -62,6 +63,7 @@ class KTQuantizer(HfQuantizer):
         self._dense: list[DenseWeight] = []
         self._device_map: Any = None
         self._identity: tuple[tuple[str, int, int], ...] = ()
+        self._merged_before: frozenset[str] = frozenset()
         self._loader = Loader()
         self._model_class: type | None = None
 
@@ -117,6 +119,7 @@ class KTQuantizer(HfQuantizer):
             raise ConfigError("kt_sft: experts are loaded from safetensors files; a state_dict cannot be given instead")
         path = model.config.name_or_path
         checkpoint = Checkpoint(checkpoint_files, path if path and os.path.isdir(path) else None)
+        self._merged_before = read_record(Path(checkpoint_files[0]).parent)
         if self._source is not None:
             checkpoint.tensors = fold_tensors(checkpoint.tensors, self._source)
         key_mapping = getattr(self._config, "key_mapping", None)
@@ -189,13 +192,14 @@ class KTQuantizer(HfQuantizer):
     def finish_saving(self, model: PreTrainedModel, folder: Path) -> None:
         """Called when a whole model has been saved to `folder`: merges adapters into the experts there.
 
-        Of a quantised source, config.json gets its `quantization_config` back.
+        A record of them goes with it. Of a quantised source, config.json gets its `quantization_config` back.
 
         Raises:
             CheckpointError: A changed weight is not finite in its dtype, or cannot be quantised as it was, or a file
                 cannot be read or written.
         """
         merge_saved(folder, model, self._plans, self._source)
+        write_record(folder, {digest for plan in self._plans for digest in _digests_of(model, plan.name)})
         if self._source is not None:
             keep_quantization(folder, self._source)
 
@@ -225,9 +229,11 @@ class KTQuantizer(HfQuantizer):
 
     def _experts(self, plan: ModulePlan) -> CpuExperts:
         layout = plan.layout
-        return CpuExperts(
+        experts = CpuExperts(
             self._store(plan), self._config, is_transposed=layout.transposed, interleaved=layout.interleaved
         )
+        experts.merged_digests = self._merged_before
+        return experts
 
     def _store(self, plan: ModulePlan) -> LayerStore:
         layout, storage = plan.layout, self._storages[plan.name]
@@ -285,6 +291,12 @@ class KTQuantizer(HfQuantizer):
         for module in model.modules():
             if isinstance(module, PreTrainedModel) and module is not model and _has_experts(module):
                 setattr(module, _QUANTIZER, self)  # or saving that part would silently lose its experts
+
+
+def _digests_of(model: nn.Module, name: str) -> frozenset[str]:
+    experts = model.get_submodule(name)
+    assert isinstance(experts, CpuExperts)
+    return experts.merged_digests
 
 
 def _store_of(model: nn.Module, name: str) -> LayerStore:

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from kt_sft.config import local_rank_and_size
 from kt_sft.loading.durable import write_out, write_out_folder
 from kt_sft.loading.errors import CheckpointError
+from kt_sft.loading.merged_record import RECORD
 
 _LAST = "config.json"
 
@@ -79,6 +80,8 @@ def _names_to_move(partial: Path, folder: Path) -> list[str]:
 def _publish(names: list[str], partial: Path, folder: Path) -> None:
     if _LAST in names:
         (folder / _LAST).unlink(missing_ok=True)
+        if RECORD not in names:
+            (folder / RECORD).unlink(missing_ok=True)
     for stale in _stale_weights(folder, {*names}):
         stale.unlink()
     for name in names:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import sys
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
 from quickstart_steps.api import serve, stream_answer
 
-__all__ = ["api_server", "stream_answer"]
+__all__ = ["api_server", "leave_early", "stream_answer"]
+
+
+def leave_early(url: str, question: str, max_tokens: int) -> None:
+    """Asks for a streamed answer, and breaks the connection at its first piece."""
+    body = {"model": "served", "messages": [{"role": "user", "content": question}], "max_tokens": max_tokens}
+    request = urllib.request.Request(
+        f"{url}/chat/completions",
+        json.dumps(body | {"temperature": 0, "stream": True}).encode(),
+        {"Content-Type": "application/json"},
+    )
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with direct.open(request, timeout=180) as stream:
+        assert stream.readline().startswith(b"data:")
 
 
 @contextlib.contextmanager

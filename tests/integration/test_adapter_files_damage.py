@@ -58,6 +58,7 @@ FUSED_DAMAGE = {
     "DoRA": (_set(use_dora=True), "DoRA on routed experts"),
     "no rank": (_set(r=None), "has no usable rank"),
     "a pattern's rank of zero": (_set(rank_pattern={"experts.down_proj": 0}), "rank_pattern gives experts.down_proj 0"),
+    "patterns that are none": (_set(rank_pattern=0), "rank_pattern is 0, not an object of names and numbers"),
     "a pattern's rank in words": (_set(rank_pattern={"down_proj": "8"}), "rank_pattern gives down_proj '8'"),
     "a pattern's alpha in words": (_set(alpha_pattern={"down_proj": "8"}), "alpha_pattern gives down_proj '8'"),
     "a pattern that is none": (_set(rank_pattern={"(": 3}), r"rank_pattern names '\(', no regular expression"),

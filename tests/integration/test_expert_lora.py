@@ -329,7 +329,7 @@ class TestMerging:
         with pytest.raises(ValueError, match="adapter 'copy' has the values of one that is merged into"):
             twice.merge_adapter(["default", "copy"])
         merged = adapted(adapted(load(tiny_moe), seed=2, r=5).merge_and_unload()).merge_and_unload()
-        with pytest.raises(ValueError, match=r"is merged into .* already; its change would count twice"):
+        with pytest.raises(ValueError, match=r"is merged into .* already, .*; its change would count twice"):
             PeftModel.from_pretrained(merged, tmp_path).merge_and_unload()
         untrained = adapted(adapted(load(tiny_moe), filled=False).merge_and_unload(), filled=False).merge_and_unload()
         assert torch.equal(logits(untrained), logits(load(tiny_moe)))

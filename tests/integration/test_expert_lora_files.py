@@ -215,11 +215,18 @@ class TestWhatDoesNotFit:
         with pytest.raises(ValueError, match=r"its B torch.*; adapters are kept in FP32, FP16 or BF16"):
             PeftModel.from_pretrained(load(tiny_moe), saved)
 
-    @pytest.mark.parametrize("length", [0, 4, 3000], ids=["empty", "of a few bytes", "cut off"])
+    @pytest.mark.parametrize("length", [0, 4, 3000, -1], ids=["empty", "of a few bytes", "cut off", "longer"])
     def test_a_damaged_file_is_named(self, saved: Path, tiny_moe: Path, length: int) -> None:
         path = saved / "adapter_model.safetensors"
-        path.write_bytes(path.read_bytes()[:length])
+        whole = path.read_bytes()
+        path.write_bytes(whole + b"more" if length < 0 else whole[:length])
         with pytest.raises(CheckpointError, match=str(path)):
+            PeftModel.from_pretrained(load(tiny_moe), saved)
+
+    @pytest.mark.parametrize("damaged", [b'{"r": ', b"\xff{}"])
+    def test_so_is_a_damaged_config(self, saved: Path, tiny_moe: Path, damaged: bytes) -> None:
+        (saved / "adapter_config.json").write_bytes(damaged)
+        with pytest.raises(ValueError, match=f"the adapter's config {saved}/adapter_config.json is no JSON"):
             PeftModel.from_pretrained(load(tiny_moe), saved)
 
     def test_what_is_no_adapter_is_said_so(self, saved: Path, tiny_moe: Path) -> None:

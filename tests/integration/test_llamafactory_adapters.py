@@ -294,6 +294,15 @@ class TestDamagedCheckpoint:
         without_us = parse(**given)[2].resume_from_checkpoint
         assert without_us is True or (without_us, type(without_us)) == (str(out / "checkpoint-10"), str)
 
+    def test_one_of_a_reward_model_without_its_value_head(self, parse: Callable[..., Any], tmp_path: Path) -> None:
+        """LLaMA-Factory takes it out of the model that the Trainer has written, when that has said it is done."""
+        recipe = {"kt_sft": {}, "stage": "rm", "dataset": "pair"}
+        folder = write_checkpoint(tmp_path / "out" / "checkpoint-10", ATTENTION)
+        with pytest.raises(ConfigError, match=r"value_head\.safetensors is missing"):
+            parse(**recipe, resume_from_checkpoint=str(folder))
+        save_file({"v_head.summary.bias": torch.zeros(1)}, folder / "value_head.safetensors")
+        assert parse(**recipe, resume_from_checkpoint=True)[2].resume_from_checkpoint == str(folder)
+
     @pytest.mark.parametrize("damage", DAMAGE)
     def test_is_refused_where_it_is_named(self, damage: str, parse: Callable[..., Any], tmp_path: Path) -> None:
         folder = write_checkpoint(tmp_path / "out" / "checkpoint-10", ATTENTION)
@@ -341,10 +350,10 @@ class TestDamagedCheckpoint:
             world_size=processes, process_index=processes - 1, save_only_model=False, deepspeed=None
         )
         if missing is None:
-            check_complete(str(folder), arguments)
+            check_complete(str(folder), arguments, "sft")
         else:
             with pytest.raises(ConfigError, match=f"no complete checkpoint: rng_state_{missing}.pth is missing"):
-                check_complete(str(folder), arguments)
+                check_complete(str(folder), arguments, "sft")
 
     def test_training_starts_anew_where_none_is_complete(self, parse: Callable[..., Any], tmp_path: Path) -> None:
         folder = write_checkpoint(tmp_path / "out" / "checkpoint-2", ATTENTION)

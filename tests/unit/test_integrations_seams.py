@@ -10,9 +10,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import llamafactory.chat.chat_model
+import llamafactory.extras.constants
 import llamafactory.hparams.parser
 import llamafactory.model.loader
 import llamafactory.model.patcher
+import llamafactory.train.callbacks
 import llamafactory.train.tuner
 import pytest
 import safetensors.torch
@@ -32,7 +34,7 @@ from transformers.integrations import moe
 from transformers.quantizers.base import HfQuantizer
 
 from kt_sft.config import KTConfig
-from kt_sft.integrations import adapters, autoload, checkpoints
+from kt_sft.integrations import adapters, autoload, checkpoints, value_heads
 from kt_sft.integrations import llamafactory as ours
 from kt_sft.integrations import peft as ours_peft
 from kt_sft.lora import ExpertLora, peft_turns_parameters
@@ -193,6 +195,14 @@ class TestPeft:
         assert parameters(create)[:3] == ["self", "lora_config", "adapter_name"]
         assert inspect.signature(inspect.unwrap(create)).parameters["parameter_name"].default is None
 
+    def test_merging_is_checked_before_it_begins(self) -> None:
+        check = lora_model.LoraModel._check_merge_allowed
+        assert hasattr(check, "__wrapped__")
+        assert parameters(check) == ["self"]
+        for merge in (tuners_utils.BaseTuner.merge_adapter, tuners_utils.BaseTuner._unload_and_optionally_merge):
+            source = inspect.getsource(merge)
+            assert source.index("self._check_merge_allowed()") < source.index(".merge(")
+
     def test_load_adapter(self) -> None:
         load = peft_model.PeftModel.load_adapter
         assert hasattr(load, "__wrapped__")
@@ -208,6 +218,7 @@ class TestPeft:
         assert parameters(LoraConfig.from_pretrained.__func__)[1:3] == ["pretrained_model_name_or_path", "subfolder"]
         assert "peft_config.save_pretrained(" in inspect.getsource(peft_model.PeftModel.save_pretrained)
         assert hasattr(PeftConfig.from_pretrained.__func__, "__wrapped__")
+        assert hasattr(PeftConfig.from_json_file.__func__, "__wrapped__")
         assert "safe_save_file(" in inspect.getsource(peft_model.PeftModel.save_pretrained)
         assert parameters(peft_model.safe_save_file)[:3] == ["tensors", "filename", "metadata"]
         assert peft_model.safe_save_file.__wrapped__ is safetensors.torch.save_file
@@ -277,6 +288,17 @@ class TestTransformers:
         assert checkpoints._STATE == names.TRAINER_STATE_NAME
         assert checkpoints._RESUMED_STATES[:2] == (names.OPTIMIZER_NAME, names.SCHEDULER_NAME)
         assert checkpoints._NUMBERED.fullmatch(f"{names.PREFIX_CHECKPOINT_DIR}-12")
+
+    def test_checkpoints_of_reward_models_are_loaded(self) -> None:
+        """By one method; LLaMA-Factory keeps the value head beside the adapter, under names as its module has it."""
+        resume = transformers.Trainer._load_from_checkpoint
+        assert hasattr(resume, "__wrapped__")
+        assert parameters(resume) == ["self", "resume_from_checkpoint", "model"]
+        assert "self._load_from_checkpoint(resume_from_checkpoint)" in inspect.getsource(transformers.Trainer)
+        assert value_heads.VALUE_HEAD == llamafactory.extras.constants.V_HEAD_SAFE_WEIGHTS_NAME
+        fix = inspect.getsource(llamafactory.train.callbacks.fix_valuehead_checkpoint)
+        assert 'if name.startswith("v_head."):' in fix
+        assert "model.pretrained_model.save_pretrained(" in fix
 
     def test_layers_are_told_how_they_are_checkpointed(self) -> None:
         """One method hands all layers the checkpointing function; they call it with a partial of their own call."""

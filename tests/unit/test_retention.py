@@ -78,7 +78,6 @@ class TestRetention:
         assert second.pre_SI is not None
         assert kept.nbytes == 10
 
-
     def test_what_cannot_be_given_up_leaves_less_room(self) -> None:
         kept = Retention()
         first, second = (kept.take(4, 10, memory, *ROUTING) for _ in range(2))
@@ -173,6 +172,7 @@ class TestBudget:
         del y
         assert kept.nbytes == 0
         y = layer(x, idx, w)  # the model's own tensor
+        assert y.requires_grad
         assert kept.nbytes == MIB
 
     @pytest.mark.parametrize(("processes", "limit"), [(None, 500), (2, 250)])
