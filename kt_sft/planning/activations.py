@@ -130,9 +130,7 @@ def _excerpt(facts: ModelFacts, setup: TrainingSetup, numbers: list[int]) -> nn.
         excerpt.gradient_checkpointing_enable({"use_reentrant": setup.reentrant, "preserve_rng_state": False})
     targets = targets_of(excerpt, setup, [])
     if targets:
-        config = LoraConfig(
-            r=setup.rank, lora_dropout=setup.dropout, target_modules=[*targets], task_type="CAUSAL_LM"
-        )
+        config = LoraConfig(r=setup.rank, lora_dropout=setup.dropout, target_modules=[*targets], task_type="CAUSAL_LM")
         excerpt = get_peft_model(excerpt, config)
     dtype = torch.bfloat16 if setup.pure_bf16 else torch.float32
     for parameter in excerpt.parameters():

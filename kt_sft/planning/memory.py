@@ -157,7 +157,9 @@ def memory_of(
         experts=0 if is_mapped else facts.experts_bytes,
         lora=copies if routed else 0,
         activations=host_activations(facts, setup, on_device=on_device),
-        buffers=max((scratch_bytes(layout, facts.slots, setup, machine) for layout in facts.layouts.values()), default=0),
+        buffers=max(
+            (scratch_bytes(layout, facts.slots, setup, machine) for layout in facts.layouts.values()), default=0
+        ),
         base=base,
     )
     model = Terms(dense=facts.dense_bytes, lora=lora["linear"], optimizer=optimizer["linear"])

@@ -100,7 +100,9 @@ def read_model(setup: TrainingSetup) -> ModelFacts:
     model = _build(config, setup, _dtype(config, checkpoint))
     layouts = find_experts(model)
     if not layouts:
-        raise RecipeError(f"{setup.model}: {type(model).__name__} has no routed experts; kt_sft leaves such models as they are")
+        raise RecipeError(
+            f"{setup.model}: {type(model).__name__} has no routed experts; kt_sft leaves such models as they are"
+        )
     conversions = get_model_conversion_mapping(model, None, None)
     plans = plan_experts(model, layouts, checkpoint, conversions)
     plan_dense(model, checkpoint.tensors, plans, conversions)  # raises where loading would
@@ -179,7 +181,9 @@ def _config(folder: Path, setup: TrainingSetup) -> tuple[PreTrainedConfig, list[
     if kind in _SAME_AS:
         other = _SAME_AS[kind]
         keys = {key: value for key, value in found.items() if key not in ("model_type", "auto_map")}
-        note = f"model_type {kind} is planned as {other}, whose layers are the same; transformers has no class of its own"
+        note = (
+            f"model_type {kind} is planned as {other}, whose layers are the same; transformers has no class of its own"
+        )
         return AutoConfig.for_model(other, **keys), [note]
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=setup.trust_remote_code), []
@@ -199,7 +203,11 @@ def _dtype(config: PreTrainedConfig, checkpoint: Checkpoint) -> torch.dtype:
 
 
 def _build(config: PreTrainedConfig, setup: TrainingSetup, dtype: torch.dtype) -> nn.Module:
-    classes = AutoModelForImageTextToText if type(config) in AutoModelForImageTextToText._model_mapping else AutoModelForCausalLM
+    classes = (
+        AutoModelForImageTextToText
+        if type(config) in AutoModelForImageTextToText._model_mapping
+        else AutoModelForCausalLM
+    )
     asked = ATTENTION.get(setup.attention)
     arguments = {"dtype": dtype, "trust_remote_code": setup.trust_remote_code}
     with torch.device("meta"):

@@ -55,7 +55,7 @@ UNMODELLED = {
     "use_unsloth_gc": "activations that use_unsloth_gc moves to host memory",
 }
 
-#: Sequences of a batch that a pair or triple of data makes.
+#: Sequences that an example makes, where it is not one.
 _SEQUENCES = {"rm": 2, "dpo": 2, "kto": 2}
 
 
@@ -170,7 +170,7 @@ def setup_of(recipe: Mapping[str, Any]) -> TrainingSetup:
         settings=KTConfig.from_dict(keys["kt_sft"]),
         stage=stage,
         cutoff=_count(keys, "cutoff_len"),
-        batch=_count(keys, "per_device_train_batch_size") * _SEQUENCES.get(stage, 1),
+        batch=_count(keys, "per_device_train_batch_size") * sequences_of(stage),
         accumulation=_count(keys, "gradient_accumulation_steps"),
         autocast=autocast,
         pure_bf16=bool(keys["pure_bf16"]),
@@ -189,6 +189,11 @@ def setup_of(recipe: Mapping[str, Any]) -> TrainingSetup:
         trust_remote_code=bool(keys["trust_remote_code"]),
         unmodelled=tuple(unmodelled),
     )
+
+
+def sequences_of(stage: str) -> int:
+    """Sequences that one example of a stage's data makes."""
+    return _SEQUENCES.get(stage, 1)
 
 
 def _count(keys: Mapping[str, Any], name: str) -> int:
