@@ -105,7 +105,7 @@ class TrainingCheck:
         config = text_config(facts.model.config)
         layers = len(facts.model.get_submodule(facts.stack))  # type: ignore[arg-type]
         each = layers * config.hidden_size * _LAYER_BYTES + config.vocab_size * _WORD_BYTES
-        bound = Cost(peak_bytes=self.setup.tokens * each)
+        bound = Cost(peak_bytes=self.setup.tokens * each, heap_bytes=self.setup.tokens * each)
         return fits(self._memory(facts, machine, bound, is_mapped=is_mapped), machine)
 
     def _predicted(self, facts: ModelFacts, machine: Machine, is_mapped: bool | None = None) -> tuple[Memory, Cost]:

@@ -12,6 +12,8 @@ from kt_sft.planning.setup import RecipeError
 
 #: Tiers whose panels hold BF16 values; the others hold FP32.
 _BF16_TIERS = ("avx512_bf16", "amx")
+#: What comes to a process between its imports and its first step: data, the Trainer, threads, compiled kernels.
+_STARTED = 48 << 20
 #: Host memory of a process that has imported all that training imports, where it cannot be measured.
 USUAL_BASE = 800 << 20
 
@@ -110,12 +112,13 @@ def read_machine(path: Path) -> Machine:
 
 
 def measured_base() -> int:
-    """Bytes that this process has once it has imported all that a training run imports, before a model is there."""
+    """Bytes of a training process without a model: what this one has once it has imported the same, and some more."""
     try:
         importlib.import_module("llamafactory.train.tuner")
     except Exception:  # its imports probe devices and packages; without it the usual size must do
         return USUAL_BASE
-    return resident_bytes() or USUAL_BASE
+    resident = resident_bytes()
+    return USUAL_BASE if resident is None else resident + _STARTED
 
 
 def resident_bytes() -> int | None:

@@ -163,7 +163,7 @@ def memory_of(
         base=base,
     )
     model = Terms(dense=facts.dense_bytes, lora=lora["linear"], optimizer=optimizer["linear"])
-    model = dataclasses.replace(model, activations=int(cost.peak_bytes))
+    model = dataclasses.replace(model, activations=int(cost.peak_bytes if on_device else cost.heap_bytes))
     experts_side = Terms(lora=lora["routed"], optimizer=optimizer["routed"])
     if not on_device:
         return Memory(_sum(host, model, experts_side), None, facts.experts_bytes, is_mapped, processes, linear + routed)

@@ -36,7 +36,7 @@ DEFAULTS: dict[str, Any] = {
     "upcast_lmhead_output": False,
     "freeze_vision_tower": True,
     "use_cpu": False,
-    "trust_remote_code": True,
+    "trust_remote_code": False,
 }
 
 #: What changes memory in ways that are not worked out here: key -> what of it is left out.
