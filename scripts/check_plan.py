@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Holds `kt-sft plan` to what training takes: peak memory and time of a step, predicted and measured.
 
-Random models of a few layers are trained for some steps with plain LLaMA-Factory, each in a process of its own; the plan
-is made before, from the same recipe. Memory is the process's largest resident set, pages of mapped files counted (so the
-prediction counts mapped experts, too). Time is that of the median step; on a machine with other work to do it says
-nothing.
+Random models of a few layers are trained for some steps with plain LLaMA-Factory, each in a process of its own; the
+plan is made before, from the same recipe. Memory is the process's largest resident set, pages of mapped files counted
+(so the prediction counts mapped experts, too). Time is that of the median step; on a machine with other work to do it
+says nothing.
 
   scripts/check_plan.py                       # all cases
   scripts/check_plan.py qwen3_int4 --steps 8  # some
@@ -139,7 +139,8 @@ def main() -> int:
         one = check(name, folder, arguments)
         memory, time = one["memory"], one["time"]
         print(
-            f"{name:36} {memory['predicted'] / 1e6:7.0f} MB {memory['measured'] / 1e6:7.0f} MB {memory['error']:7.1%}   "
+            f"{name:36} {memory['predicted'] / 1e6:7.0f} MB {memory['measured'] / 1e6:7.0f} MB "
+            f"{memory['error']:7.1%}   "
             f"{time['predicted']:8.3f} s {time['measured']:7.3f} s {time['error']:7.1%}",
             flush=True,
         )

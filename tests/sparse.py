@@ -1,7 +1,7 @@
 """Checkpoints of published models at their full size, without their weights: config.json, and shards that are headers.
 
-What follows a header is a hole in the file (but for the shapes that INT4 checkpoints hold as values), so that a model of
-a terabyte takes some megabytes of the disk.
+What follows a header is a hole in the file (but for the shapes that INT4 checkpoints hold as values), so that a model
+of a terabyte takes some megabytes of the disk.
 """
 
 from __future__ import annotations
@@ -94,8 +94,8 @@ def write_sparse(folder: Path, config: dict[str, Any], quantised: str = "") -> P
     Args:
         folder: Where.
         config: Of the model, as published.
-        quantised: "fp8" (all matrices but routers, embeddings and output), "int4" (experts, compressed-tensors), "mxfp4"
-            (gpt-oss), or "" for BF16.
+        quantised: "fp8" (all matrices but routers, embeddings and output), "int4" (experts, compressed-tensors),
+            "mxfp4" (gpt-oss), or "" for BF16.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))

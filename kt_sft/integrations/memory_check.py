@@ -1,7 +1,7 @@
 """How the check of memory learns what a recipe of LLaMA-Factory's is going to train.
 
-Where a model is loaded, LLaMA-Factory has only its `ModelArguments` at hand; the rest of a recipe is known before, where
-it is parsed.
+Where a model is loaded, LLaMA-Factory has only its `ModelArguments` at hand; the rest of a recipe is known before,
+where it is parsed.
 """
 
 from __future__ import annotations

@@ -257,7 +257,8 @@ class KTQuantizer(HfQuantizer):
             taken = {id(value) for plan in self._plans for value in model.get_submodule(plan.name).parameters()}
             dense = sum(value.nbytes for value in model.parameters() if id(value) not in taken)
         # Training is checked with its weights; what of it is only predicted is no reason to refuse it.
-        check, what = getattr(self._config, "training_check", None), f"the experts of {len(plans)} layers"
+        check: Any = getattr(self._config, "training_check", None)
+        what = f"the experts of {len(plans)} layers"
         facts = None if check is None else check.facts(model, self._plans, self._storages)
         if facts is not None:
             dense += check.host_bytes(facts)

@@ -1,8 +1,8 @@
 """One training step without values: what memory it needs at its peak, and how much work it is.
 
-A step runs forward and backward on fake tensors (torch's own, which know shapes and dtypes and hold no memory), with the
-model's own classes, PEFT's layers, autocast, checkpointing and loss. Every storage is counted from the operation that
-makes it to its release, which is what an allocator would have to give. Nothing here knows a model family.
+A step runs forward and backward on fake tensors (torch's own, which know shapes and dtypes and hold no memory), with
+the model's own classes, PEFT's layers, autocast, checkpointing and loss. Every storage is counted from the operation
+that makes it to its release, which is what an allocator would have to give. Nothing here knows a model family.
 
 Layers of one kind are alike, so a step runs on one layer of each kind, and once more with one of them twice: what that
 adds is what each further layer adds. For L_k layers of kind k, with p(n_1, n_2, ...) what is found for n_k of each,
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from kt_sft.planning.model import ModelFacts, targets_of
+from kt_sft.planning.model import ModelFacts, targets_of, text_config
 from kt_sft.planning.setup import TrainingSetup
 
 #: glibc's DEFAULT_MMAP_THRESHOLD_MAX: https://man7.org/linux/man-pages/man3/mallopt.3.html (M_MMAP_THRESHOLD).
@@ -97,7 +97,7 @@ def step_cost(facts: ModelFacts, setup: TrainingSetup) -> Cost:
 def _kind(facts: ModelFacts, number: int, layer: nn.Module) -> Any:
     names = [(type(part).__name__, _NUMBERED.sub("#", name)) for name, part in layer.named_modules()]
     shapes = [(name, tuple(value.shape)) for name, value in layer.named_parameters()]
-    types = getattr(facts.model.config.get_text_config(), "layer_types", None) or ()
+    types = getattr(text_config(facts.model.config), "layer_types", None) or ()
     return str((type(layer).__name__, names, shapes, types[number] if number < len(types) else None))
 
 
@@ -123,12 +123,12 @@ def _excerpt(facts: ModelFacts, setup: TrainingSetup, numbers: list[int]) -> nn.
     """A copy of some layers of the model and what is around them, with adapters, ready to train."""
     from peft import LoraConfig, get_peft_model
 
-    model = facts.model
+    model: Any = facts.model
     stack = model.get_submodule(facts.stack)
     assert isinstance(stack, nn.ModuleList)
     try:
         model.set_submodule(facts.stack, nn.ModuleList([stack[number] for number in numbers]))
-        excerpt = copy.deepcopy(model)
+        excerpt: Any = copy.deepcopy(model)
     finally:
         model.set_submodule(facts.stack, stack)
     for name, module in [*excerpt.named_modules()]:
@@ -234,7 +234,9 @@ class _Recorder(TorchDispatchMode):
 
     def cost(self) -> Cost:
         """What was found."""
-        return Cost(self._together, self._peak[0] * _FRAGMENTATION + self._peak[1], self._flops, self._moved, self._operations)
+        return Cost(
+            self._together, self._peak[0] * _FRAGMENTATION + self._peak[1], self._flops, self._moved, self._operations
+        )
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))

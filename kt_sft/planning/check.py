@@ -10,7 +10,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from transformers import PreTrainedModel
 
 from kt_sft.config import local_rank_and_size
 from kt_sft.loading.errors import NotEnoughMemoryError
@@ -55,7 +55,7 @@ class TrainingCheck:
         return host.lora + host.optimizer
 
     def facts(
-        self, model: nn.Module, plans: Sequence[ModulePlan], storages: Mapping[str, Mapping[str, Any]]
+        self, model: PreTrainedModel, plans: Sequence[ModulePlan], storages: Mapping[str, Mapping[str, Any]]
     ) -> ModelFacts | None:
         """Of a model that is about to be loaded; None for one whose config lacks what they need."""
         try:
@@ -74,8 +74,8 @@ class TrainingCheck:
         changes = ", ".join(f"{key}: {value}" for key, value in advice["changes"].items())
         return NotEnoughMemoryError(
             f"{error}. Training takes {', '.join(parts)}. {advice['reason'].capitalize()}"
-            f"{f' ({changes})' if changes else ''}. check_memory: false in the kt_sft block leaves adapters and optimizer "
-            "out of this check"
+            f"{f' ({changes})' if changes else ''}. check_memory: false in the kt_sft block leaves adapters and "
+            "optimizer out of this check"
         )
 
     def warn(self, facts: ModelFacts, is_mapped: bool) -> None:
@@ -123,4 +123,3 @@ class TrainingCheck:
         # What this process has already is not available any more, so its own base is none.
         processes = local_rank_and_size()[1]
         return memory_of(facts, self.setup, machine, cost, base=0, is_mapped=is_mapped, processes=processes)
-

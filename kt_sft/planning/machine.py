@@ -32,7 +32,6 @@ class Machine:
         peak_flops: Of the engine's products, all threads.
         read_bytes: Per second from memory, all threads.
         is_here: Whether it is this machine, whose speeds can be measured.
-        rates: Measured speeds, where a file has them: fields of `rates.StepRates`.
     """
 
     name: str
@@ -44,7 +43,6 @@ class Machine:
     peak_flops: float | None = None
     read_bytes: float | None = None
     is_here: bool = False
-    rates: dict[str, float] | None = None
 
     @property
     def element_bytes(self) -> int:
@@ -86,7 +84,7 @@ def read_machine(path: Path) -> Machine:
     """
     try:
         facts = json.loads(path.read_text())
-        chosen = next((tier for tier in facts["tiers"] if tier["chosen"]), {})
+        chosen: dict[str, Any] = next((tier for tier in facts["tiers"] if tier["chosen"]), {})
         found: list[dict[str, Any]] = facts["accelerators"]
         first = found[0] if found else {}
         rate = facts["memory"].get("read_gbs")
@@ -100,7 +98,6 @@ def read_machine(path: Path) -> Machine:
             tier=facts["engine"]["tier"] or "portable",
             peak_flops=None if peak is None else peak * 1e9,
             read_bytes=None if rate is None else rate * 1e9,
-            rates=facts.get("rates"),
         )
     except OSError as error:
         raise RecipeError(f"--machine: {path} cannot be read: {error.strerror}") from error

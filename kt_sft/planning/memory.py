@@ -6,17 +6,17 @@ intermediate size, r LoRA rank, P parameters that are trained.
 - Experts: E (2 I H + H I) weights a layer, each as the format stores it, scales included; as the loader counts them.
 - Dense: every other parameter in the dtype it is loaded in, and buffers.
 - LoRA: r (inputs + outputs) parameters for a linear layer, E r (H + 2I) + E r (I + H) for a layer of experts (2I is I
-  without gates). Each is a master of 4 bytes (2 with pure_bf16) and a gradient as large; those on experts have a copy of
-  2 bytes in the engine's format, at a rank rounded up to an even number.
+  without gates). Each is a master of 4 bytes (2 with pure_bf16) and a gradient as large; those on experts have a copy
+  of 2 bytes in the engine's format, at a rank rounded up to an even number.
 - Optimizer: bytes a parameter by its kind, 8 for AdamW (two moments in FP32).
 - Activations of the model: the peak of a step without values (activations.py).
 - Activations of the experts: gate and up values of every layer, S 2I 2 bytes, with `retain`; where layers are
   checkpointed, also their outputs, T H values. From an accelerator, tokens are copied to the host: T H values for every
   layer, or for one where layers are checkpointed. With adapters on experts, backward holds one layer's gradients twice,
   as the engine writes them and as the parameters have them.
-- Buffers: the engine's scratch. A routed row takes 4 H (sums), 2I e (gradients of gate and up, e bytes an element of the
-  tier's panels), with `recompute` 2 · 2I, with trained adapters 2 I e and three low-rank rows; long batches are cut to
-  stay within scratch_mb. Each thread has up to 1 MiB besides.
+- Buffers: the engine's scratch. A routed row takes 4 H (sums), 2I e (gradients of gate and up, e bytes an element of
+  the tier's panels), with `recompute` 2 · 2I, with trained adapters 2 I e and three low-rank rows; long batches are cut
+  to stay within scratch_mb. Each thread has up to 1 MiB besides.
 - Base: the process with what it imports, measured where it runs.
 """
 

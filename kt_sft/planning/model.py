@@ -15,7 +15,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from kt_sft.loading.checkpoint import Checkpoint
@@ -48,7 +54,7 @@ class ModelFacts:
         notes: What was taken for something else.
     """
 
-    model: nn.Module
+    model: PreTrainedModel
     layouts: Mapping[str, ExpertLayout]
     storages: Mapping[str, Mapping[str, Any]]
     slots: int
@@ -111,7 +117,7 @@ def read_model(setup: TrainingSetup) -> ModelFacts:
 
 
 def facts_of(
-    model: nn.Module,
+    model: PreTrainedModel,
     plans: Sequence[ModulePlan],
     storages: Mapping[str, Mapping[str, Any]],
     setup: TrainingSetup,
@@ -202,7 +208,7 @@ def _dtype(config: PreTrainedConfig, checkpoint: Checkpoint) -> torch.dtype:
     return torch.bfloat16 if dtype.itemsize == 1 else dtype
 
 
-def _build(config: PreTrainedConfig, setup: TrainingSetup, dtype: torch.dtype) -> nn.Module:
+def _build(config: PreTrainedConfig, setup: TrainingSetup, dtype: torch.dtype) -> PreTrainedModel:
     classes = (
         AutoModelForImageTextToText
         if type(config) in AutoModelForImageTextToText._model_mapping
@@ -217,7 +223,7 @@ def _build(config: PreTrainedConfig, setup: TrainingSetup, dtype: torch.dtype) -
             return classes.from_config(config, **arguments, attn_implementation="eager")
 
 
-def targets_of(model: nn.Module, setup: TrainingSetup, experts: Sequence[str]) -> dict[str, nn.Linear]:
+def targets_of(model: nn.Module, setup: TrainingSetup, experts: Sequence[str]) -> dict[str, Any]:
     """The linear modules that get adapters, by name; as LLaMA-Factory chooses them, "all" without the output layer."""
     found = {}
     for name, module in model.named_modules():
@@ -228,4 +234,4 @@ def targets_of(model: nn.Module, setup: TrainingSetup, experts: Sequence[str]) -
         last = name.rpartition(".")[2]
         if ("lm_head" not in name) if setup.targets == ("all",) else last in setup.targets:
             found[name] = module
-    return found  # type: ignore[return-value]
+    return found

@@ -1,4 +1,4 @@
-"""How fast a step's parts are: measured here at the sizes of a run, or taken from what another machine's doctor says."""
+"""How fast a step's parts are: measured here at a run's sizes, or taken from what another machine's doctor says."""
 
 from __future__ import annotations
 
@@ -89,8 +89,6 @@ def measure_rates(
 
 def usual_rates(machine: Machine, *, on_device: bool) -> StepRates | None:
     """What another machine's doctor, and what is known of its accelerator, lets expect; None where it says nothing."""
-    if machine.rates is not None:
-        return StepRates(**(machine.rates | {"is_measured": False}))  # type: ignore[arg-type]
     if machine.peak_flops is None:
         return None
     engine = machine.peak_flops * _USUAL_SHARE

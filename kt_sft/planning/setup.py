@@ -1,7 +1,7 @@
 """What of a recipe decides memory and time; read from its YAML, or from what LLaMA-Factory made of it.
 
-The names are LLaMA-Factory's. A plan needs none of its checks, which also ask for data and for this machine's devices, so
-a recipe for another machine can be read here.
+The names are LLaMA-Factory's. A plan needs none of its checks, which also ask for data and for this machine's devices,
+so a recipe for another machine can be read here.
 """
 
 from __future__ import annotations

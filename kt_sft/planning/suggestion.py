@@ -1,4 +1,4 @@
-"""One setting to change, or to keep, with the reason: the experts' format, what is kept for backward, the micro-batch."""
+"""What to change, or to keep, with the reason: the experts' format, what is kept for backward, the micro-batch."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def suggest(plan: Plan, facts: ModelFacts) -> dict[str, Any]:
             plan,
             larger,
             True,
-            f"the same step in larger micro-batches gives each expert {rows:.0f} rows at a time instead of {before:.0f}",
+            f"larger micro-batches of the same step give each expert {rows:.0f} rows at a time, not {before:.0f}",
         )
     return _as_dict(plan, setup, True, "it fits, and nothing that is looked at here would be faster; keep it as it is")
 

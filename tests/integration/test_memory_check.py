@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import re
 from collections.abc import Callable
@@ -62,7 +61,10 @@ def test_what_training_certainly_takes(base_recipe: dict[str, Any]) -> None:
 
 
 def test_a_run_without_room_for_its_optimizer_is_refused_before_it_loads(
-    base_recipe: dict[str, Any], parse: Callable[..., Any], grant: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+    base_recipe: dict[str, Any],
+    parse: Callable[..., Any],
+    grant: Callable[[int], None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     weights, training = need_of(base_recipe)
     monkeypatch.setattr("kt_sft.loading.processes.stream", lambda *_, **__: pytest.fail("weights were loaded"))
@@ -114,15 +116,19 @@ def test_activations_that_may_not_fit_are_a_warning(
 
 
 def test_experts_stay_in_their_files_where_training_leaves_them_no_room(
-    base_recipe: dict[str, Any], parse: Callable[..., Any], grant: Callable[[int], None]
+    base_recipe: dict[str, Any],
+    parse: Callable[..., Any],
+    grant: Callable[[int], None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from kt_sft.experts import CpuExperts
 
+    # Two models of the same checkpoint would share their experts.
+    monkeypatch.setattr("kt_sft.loading.quantizer.shared_store", lambda _: None)
     facts, check = facts_of(base_recipe | {"kt_sft": {}})
     weights, training = facts.experts_bytes + facts.dense_bytes, check.host_bytes(facts)
 
     def is_mapped(have: int) -> bool:
-        gc.collect()  # models of the same checkpoint would share their experts
         grant(have)
         model = train_model(parse, kt_sft={"check_memory": True})
         return any(part.store.mapped for part in model.modules() if isinstance(part, CpuExperts))

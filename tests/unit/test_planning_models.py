@@ -1,4 +1,4 @@
-"""Plans of published models at full size, from config.json and headers alone: what they hold follows from their sizes."""
+"""Plans of published models, from config.json and headers alone: what they hold follows from their sizes."""
 
 from __future__ import annotations
 
