@@ -16,7 +16,9 @@ intermediate size, r LoRA rank, P parameters that are trained.
   as the engine writes them and as the parameters have them.
 - Buffers: the engine's scratch. A routed row takes 4 H (sums), 2I e (gradients of gate and up, e bytes an element of
   the tier's panels), with `recompute` 2 · 2I, with trained adapters 2 I e and three low-rank rows; long batches are cut
-  to stay within scratch_mb. Each thread has up to 1 MiB besides.
+  to stay within scratch_mb. Each thread has up to 1 MiB besides. Loading comes before all that, and takes what
+  quantised matrices are turned or dequantised in, for each of its readers; it counts where it is more than activations
+  and scratch.
 - Base: the process with what it imports, measured where it runs.
 """
 
@@ -44,6 +46,8 @@ OPTIMIZER_BYTES: dict[str, float] = {
 #: What a CUDA context, its libraries' workspaces and an allocator's rounding take, roughly.
 DEVICE_BASE = 700 << 20
 _THREAD_SCRATCH = 1 << 20
+#: As loading/streaming.py has them.
+_MOST_READERS = 16
 _MASTER = 4
 
 
@@ -153,12 +157,15 @@ def memory_of(
     lora = {"linear": linear * (2 * master + exchanged), "routed": routed * (2 * master + exchanged)}
     optimizer = {"linear": int(linear * state), "routed": int(routed * state)}
     copies = sum(2 * _of_experts(layout, setup.rank + setup.rank % 2) for layout in facts.layouts.values())
+    kept = host_activations(facts, setup, on_device=on_device)
+    loading = 0 if is_mapped else facts.staged_bytes * min(_MOST_READERS, 2 * machine.threads)
     host = Terms(
         experts=0 if is_mapped else facts.experts_bytes,
         lora=copies if routed else 0,
-        activations=host_activations(facts, setup, on_device=on_device),
+        activations=kept,
         buffers=max(
-            (scratch_bytes(layout, facts.slots, setup, machine) for layout in facts.layouts.values()), default=0
+            *(scratch_bytes(layout, facts.slots, setup, machine) for layout in facts.layouts.values()),
+            loading - kept - (0 if on_device else int(cost.heap_bytes)),
         ),
         base=base,
     )

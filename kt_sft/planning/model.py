@@ -27,10 +27,10 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from kt_sft.loading.checkpoint import Checkpoint
 from kt_sft.loading.layout import ExpertLayout, find_experts
 from kt_sft.loading.mapped import obstacle
-from kt_sft.loading.mapping import ModulePlan, plan_experts
+from kt_sft.loading.mapping import MatrixRead, ModulePlan, plan_experts
 from kt_sft.loading.memory import experts_bytes
 from kt_sft.loading.sources.dense import plan_dense
-from kt_sft.loading.sources.entries import resolve_storage
+from kt_sft.loading.sources.entries import QuantisedEntry, resolve_storage
 from kt_sft.loading.sources.methods import check_method, fold_tensors
 from kt_sft.planning.setup import RecipeError, TrainingSetup
 
@@ -50,6 +50,7 @@ class ModelFacts:
         layouts: Of its modules of routed experts, by name.
         storages: How each is stored, as LayerStore's arguments.
         slots: Experts per token.
+        staged_bytes: Of host memory for each matrix that is being loaded, where its source is quantised.
         obstacle: Why the experts cannot stay in the checkpoint's files; None if they can.
         notes: What was taken for something else.
     """
@@ -58,6 +59,7 @@ class ModelFacts:
     layouts: Mapping[str, ExpertLayout]
     storages: Mapping[str, Mapping[str, Any]]
     slots: int
+    staged_bytes: int = 0
     obstacle: str | None = None
     notes: tuple[str, ...] = ()
 
@@ -129,9 +131,21 @@ def facts_of(
         {plan.name: plan.layout for plan in plans},
         storages,
         _slots(model.config),
+        max((_staged_bytes(read, storages[plan.name]) for plan in plans for read in plan.reads), default=0),
         obstacle(plans, setup.settings),
         tuple(notes),
     )
+
+
+def _staged_bytes(read: MatrixRead, storage: Mapping[str, Any]) -> int:
+    """What reading one matrix takes beside its place: nothing where rows or codes are read into it."""
+    entry, weights = read.view.entry, read.view.rows * read.view.cols
+    if not isinstance(entry, QuantisedEntry):
+        return 0
+    if entry.storage == storage:
+        # FP8 and MXFP4 are read as they lie; GPTQ's and AWQ's codes are turned: unpacked to bytes, and packed again.
+        return 3 * weights if storage["expert_format"] == "int4" else 0
+    return 12 * weights  # codes, their values and their scales in FP32
 
 
 def text_config(config: Any) -> Any:

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from kt_sft.planning.activations import Cost
 from kt_sft.planning.machine import Machine
-from kt_sft.planning.memory import lora_parameters
+from kt_sft.planning.memory import lora_parameters, memory_of
 from kt_sft.planning.model import read_model
 from kt_sft.planning.plan import as_json, make_plan
 from kt_sft.planning.setup import setup_of
@@ -121,3 +122,19 @@ def test_another_format_is_suggested_where_the_models_own_does_not_fit(tmp_path:
     nothing = suggested(GIB / 2)
     assert not nothing["fits"]
     assert "nothing that a recipe can set makes it fit the memory of the host" in nothing["reason"]
+
+
+@pytest.mark.parametrize(("settings", "bytes_a_weight"), [({}, 0), ({"expert_format": "int4"}, 12)])
+def test_loading_takes_memory_where_weights_are_quantised_again(
+    tmp_path: Path, settings: dict[str, Any], bytes_a_weight: int
+) -> None:
+    config = sparse.DEEPSEEK_V3 | {"quantization_config": sparse.FP8, "num_hidden_layers": 4}
+    setup = setup_of(recipe(sparse.write_sparse(tmp_path, config, "fp8"), kt_sft=settings, cutoff_len=8))
+    facts = read_model(setup)
+    assert facts.staged_bytes == bytes_a_weight * 2048 * 7168
+    memory = memory_of(facts, setup, MACHINE, Cost(), base=0, is_mapped=False)
+    if settings:
+        # Sixteen readers, while there is nothing of a step yet.
+        assert memory.host.buffers == 16 * facts.staged_bytes - memory.host.activations
+    else:
+        assert memory.host.buffers < 2 * 64 << 20
