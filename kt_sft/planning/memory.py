@@ -12,8 +12,9 @@ intermediate size, r LoRA rank, P parameters that are trained.
 - Activations of the model: the peak of a step without values (activations.py).
 - Activations of the experts: gate and up values of every layer, S 2I 2 bytes, with `retain`; where layers are
   checkpointed, also their outputs, T H values. From an accelerator, tokens are copied to the host: T H values for every
-  layer, or for one where layers are checkpointed. With adapters on experts, backward holds one layer's gradients twice,
-  as the engine writes them and as the parameters have them.
+  layer, or for one where layers are checkpointed. Interleaved micro-batches count twice, as the model's activations do.
+  With adapters on experts, backward holds one layer's gradients twice, as the engine writes them and as the parameters
+  have them.
 - Buffers: the engine's scratch. A routed row takes 4 H (sums), 2I e (gradients of gate and up, e bytes an element of
   the tier's panels), with `recompute` 2 · 2I, with trained adapters 2 I e and three low-rank rows; long batches are cut
   to stay within scratch_mb. Each thread has up to 1 MiB besides. Loading comes before all that, and takes what
@@ -79,7 +80,7 @@ class Memory:
     """Of a run.
 
     Args:
-        host: Of one process, experts that stay in the checkpoint's files left out.
+        host: Of one process, what of the experts stays in the checkpoint's files left out.
         device: Of one accelerator; None where the host does everything.
         experts_bytes: Whether in memory or in the files.
         is_mapped: Whether the experts stay in the checkpoint's files.
@@ -160,7 +161,7 @@ def memory_of(
     kept = host_activations(facts, setup, on_device=on_device)
     loading = 0 if is_mapped else facts.staged_bytes * min(_MOST_READERS, 2 * machine.threads)
     host = Terms(
-        experts=0 if is_mapped else facts.experts_bytes,
+        experts=facts.scales_bytes if is_mapped else facts.experts_bytes,
         lora=copies if routed else 0,
         activations=kept,
         buffers=max(
@@ -170,7 +171,9 @@ def memory_of(
         base=base,
     )
     model = Terms(dense=facts.dense_bytes, lora=lora["linear"], optimizer=optimizer["linear"])
-    model = dataclasses.replace(model, activations=int(cost.peak_bytes if on_device else cost.heap_bytes))
+    model = dataclasses.replace(
+        model, activations=int((cost.peak_bytes if on_device else cost.heap_bytes) * in_flight(setup, on_device))
+    )
     experts_side = Terms(lora=lora["routed"], optimizer=optimizer["routed"])
     if not on_device:
         return Memory(_sum(host, model, experts_side), None, facts.experts_bytes, is_mapped, processes, linear + routed)
@@ -188,21 +191,33 @@ def _sum(*parts: Terms) -> Terms:
 
 def host_activations(facts: ModelFacts, setup: TrainingSetup, *, on_device: bool) -> int:
     """What the experts keep for backward in host memory."""
-    tokens, rows = setup.tokens, setup.tokens * facts.slots
+    tokens = setup.tokens * in_flight(setup, on_device)
+    rows = tokens * facts.slots
     settings, layouts = setup.settings, facts.layouts.values()
     value = 2 if setup.autocast else next(facts.model.parameters()).element_size()
     retained = outputs = inputs = 0
-    if settings.activation_policy == "retain":
-        retained = sum(2 * rows * _columns(layout) for layout in layouts)
-        if settings.retained_mb is not None:
-            retained = min(retained, settings.retained_mb << 20)
-        if setup.checkpointing:
-            outputs = sum(tokens * layout.hidden_size * value for layout in layouts)
     if on_device:
         copies = [tokens * layout.hidden_size * value for layout in layouts]
         inputs = max(copies, default=0) if setup.checkpointing else sum(copies)
+    if settings.activation_policy == "retain":
+        retained = sum(2 * rows * _columns(layout) for layout in layouts)
+        if setup.checkpointing:
+            outputs = sum(tokens * layout.hidden_size * value for layout in layouts)
+        if settings.retained_mb is not None:
+            retained = min(retained, max(0, (settings.retained_mb << 20) - outputs - inputs))
     gradients = max((2 * 4 * _of_experts(layout, setup.rank) for layout in layouts), default=0)
     return retained + outputs + inputs + (gradients if settings.lora_experts else 0)
+
+
+def in_flight(setup: TrainingSetup, on_device: bool) -> int:
+    """Micro-batches that are computed at a time: two where they are interleaved, or the two halves of one."""
+    return 2 if interleaves(setup, on_device) and setup.accumulation > 1 else 1
+
+
+def interleaves(setup: TrainingSetup, on_device: bool) -> bool:
+    """Whether the Trainer computes two at a time; not where dropout draws random numbers."""
+    wanted = setup.settings.interleave_micro_batches
+    return (on_device if wanted is None else wanted) and setup.dropout == 0
 
 
 def scratch_bytes(layout: ExpertLayout, slots: int, setup: TrainingSetup, machine: Machine) -> int:

@@ -28,9 +28,9 @@ from kt_sft.loading.checkpoint import Checkpoint
 from kt_sft.loading.layout import ExpertLayout, find_experts
 from kt_sft.loading.mapped import obstacle
 from kt_sft.loading.mapping import MatrixRead, ModulePlan, plan_experts
-from kt_sft.loading.memory import experts_bytes
+from kt_sft.loading.memory import experts_bytes, scales_bytes
 from kt_sft.loading.sources.dense import plan_dense
-from kt_sft.loading.sources.entries import QuantisedEntry, resolve_storage
+from kt_sft.loading.sources.entries import QuantisedEntry, keeps, resolve_storage
 from kt_sft.loading.sources.methods import check_method, fold_tensors
 from kt_sft.planning.setup import RecipeError, TrainingSetup
 
@@ -67,6 +67,11 @@ class ModelFacts:
     def experts_bytes(self) -> int:
         """Of all routed experts as they are stored, scales included."""
         return sum(experts_bytes(layout, self.storages[name]) for name, layout in self.layouts.items())
+
+    @property
+    def scales_bytes(self) -> int:
+        """What of that stays in memory where codes stay in the checkpoint's files."""
+        return sum(scales_bytes(layout, self.storages[name]) for name, layout in self.layouts.items())
 
     @property
     def formats(self) -> tuple[str, ...]:
@@ -132,7 +137,7 @@ def facts_of(
         storages,
         _slots(model.config),
         max((_staged_bytes(read, storages[plan.name]) for plan in plans for read in plan.reads), default=0),
-        obstacle(plans, setup.settings),
+        obstacle(plans, storages),
         tuple(notes),
     )
 
@@ -142,9 +147,8 @@ def _staged_bytes(read: MatrixRead, storage: Mapping[str, Any]) -> int:
     entry, weights = read.view.entry, read.view.rows * read.view.cols
     if not isinstance(entry, QuantisedEntry):
         return 0
-    if entry.storage == storage:
-        # FP8 and MXFP4 are read as they lie; GPTQ's and AWQ's codes are turned: unpacked to bytes, and packed again.
-        return 3 * weights if storage["expert_format"] == "int4" else 0
+    if keeps(entry, storage):  # codes that are turned are unpacked to bytes, and packed again
+        return 3 * weights if entry.turns else 0
     return 12 * weights  # codes, their values and their scales in FP32
 
 

@@ -138,3 +138,32 @@ def test_loading_takes_memory_where_weights_are_quantised_again(
         assert memory.host.buffers == 16 * facts.staged_bytes - memory.host.activations
     else:
         assert memory.host.buffers < 2 * 64 << 20
+
+
+def test_interleaved_micro_batches_take_twice_the_activations_and_less_time(tmp_path: Path) -> None:
+    folder = sparse.write_sparse(tmp_path, sparse.QWEN3_235B | {"num_hidden_layers": 2})
+    plans = []
+    for interleave in (False, True):
+        block = {"interleave_micro_batches": interleave}
+        setup = setup_of(recipe(folder, kt_sft=block, gradient_accumulation_steps=2))
+        plans.append(make_plan(read_model(setup), setup, MACHINE, base=0))
+    one, two = plans
+    assert one.memory.device is not None
+    assert two.memory.device is not None
+    assert two.memory.device.activations == pytest.approx(2 * one.memory.device.activations)
+    assert two.memory.host.activations == 2 * one.memory.host.activations
+    assert one.speed is not None
+    assert two.speed is not None
+    # Not less than what is busiest takes, and not more than all in turn.
+    assert two.speed.step < one.speed.step
+    assert two.speed.step > max(two.speed.experts, two.speed.rest)
+
+
+def test_codes_in_files_leave_scales_in_memory(tmp_path: Path) -> None:
+    config = sparse.DEEPSEEK_V3 | {"quantization_config": sparse.FP8, "num_hidden_layers": 4}
+    setup = setup_of(recipe(sparse.write_sparse(tmp_path, config, "fp8"), kt_sft={"store": "mapped"}, cutoff_len=8))
+    facts = read_model(setup)
+    assert facts.obstacle is None
+    memory = memory_of(facts, setup, MACHINE, Cost(), base=0, is_mapped=True)
+    assert memory.host.experts == 256 * 3 * 2048 * 7168 * 4 // 128**2
+    assert memory.experts_bytes == facts.experts_bytes
