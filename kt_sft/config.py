@@ -78,6 +78,8 @@ class KTConfig(QuantizationConfigMixin):
             "layers" (that, and times and load of every layer), or "off".
         profile: Where to write a Chrome trace of two steps, the engine's work beside the accelerator's; Perfetto and
             chrome://tracing show it. None: none is made.
+        check_memory: Whether training is refused, before weights are loaded, where host memory has no room for weights,
+            adapters and optimizer. Without it only the weights' room is checked.
         scratch_mb: MiB that one layer's intermediate results take at most; longer batches are worked on in pieces, to
             the same bits. One token is never cut, and engine threads take up to 1 MiB each besides.
 
@@ -100,6 +102,7 @@ class KTConfig(QuantizationConfigMixin):
     metrics: str = "step"
     profile: str | None = None
     scratch_mb: int = 1024
+    check_memory: bool = True
     quant_method: str = QUANT_METHOD  # type: ignore[assignment]  # upstream types it as its own enum
 
     def __post_init__(self) -> None:
@@ -114,6 +117,7 @@ class KTConfig(QuantizationConfigMixin):
         self._check_flag("lora_experts")
         self._check_flag("overlap_shared_experts")
         self._check_flag("interleave_micro_batches")
+        self._check_flag("check_memory")
         self._check_count("group_size", least=0)
         self._check_count("num_threads", least=1, most=MOST_THREADS)
         self._check_count("retained_mb", least=0, most=1 << 30)

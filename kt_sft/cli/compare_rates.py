@@ -11,8 +11,6 @@ import json
 import re
 import statistics
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,6 @@ from kt_sft.offload.step_model import Passes, Prediction, Rates, Work, crossover
 
 #: Bytes of experts that are measured: more than caches hold, less than a whole layer of the largest models.
 _EXPERT_BYTES = 1 << 30
-_LINK_BYTES = 1 << 28
 #: What of a recipe's block concerns the speed of one layer; the rest is about checkpoints and adapters.
 _LAYER_SETTINGS = ("expert_format", "group_size", "zero_point", "compute", "num_threads", "activation_policy")
 _REPEATS = 5
@@ -104,11 +101,13 @@ def measure(work: Work, settings: dict[str, Any]) -> Rates:
     """Measures the engine, the accelerator (or torch on the CPU), and the link, at a workload's sizes."""
     import torch
 
+    from kt_sft.planning.rates import link_rate
+
     forward, backward = _engine_rates(work, settings)
     if not torch.accelerator.is_available():
         return Rates(forward, backward, _dense_rate(work, "cpu"))
     device = str(torch.accelerator.current_accelerator())
-    return Rates(forward, backward, _dense_rate(work, device), _link_rate(device))
+    return Rates(forward, backward, _dense_rate(work, device), link_rate(device))
 
 
 def _engine_rates(work: Work, settings: dict[str, Any]) -> tuple[float, float]:
@@ -136,33 +135,12 @@ def _dense_rate(work: Work, device: str) -> float:
     """FLOP/s of BF16 products of T tokens with a matrix of a layer's usual size."""
     import torch
 
+    from kt_sft.planning.rates import seconds_of
+
     x = torch.randn(work.tokens, work.hidden, device=device).to(torch.bfloat16)
     weight = torch.randn(2 * work.hidden, work.hidden, device=device).to(torch.bfloat16)
-    seconds = _seconds(lambda: torch.nn.functional.linear(x, weight), device)
+    seconds = seconds_of(lambda: torch.nn.functional.linear(x, weight), device)
     return 2.0 * x.numel() * weight.shape[0] / seconds
-
-
-def _link_rate(device: str) -> float:
-    """Bytes per second of copies between pinned memory and the accelerator, of the slower direction."""
-    import torch
-
-    host = torch.empty(_LINK_BYTES, dtype=torch.uint8, pin_memory=True)
-    there = torch.empty_like(host, device=device)
-    slower = max(_seconds(lambda: there.copy_(host), device), _seconds(lambda: host.copy_(there), device))
-    return _LINK_BYTES / slower
-
-
-def _seconds(call: Callable[[], Any], device: str) -> float:
-    import torch
-
-    times = []
-    for _ in range(_REPEATS + 1):
-        start = time.perf_counter()
-        call()
-        if device != "cpu":
-            torch.accelerator.synchronize()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
 
 
 def main() -> None:

@@ -86,12 +86,10 @@ def show(found: dict[str, Any], recipe: Path, console: Console) -> None:
             f"({', '.join(parts)} of the time)",
             highlight=False,
         )
-    settings = {key: value for key, value in found["suggestion"].items() if key != "reason"}
-    if settings:
-        lines = "\n".join(f"  {key}: {value}" for key, value in settings.items())
-        console.print(f"Suggestion: {found['suggestion']['reason']}\n{lines}", highlight=False, markup=False)
-    else:
-        console.print(f"Suggestion: {found['suggestion']['reason']}", highlight=False, markup=False)
+    suggestion = found["suggestion"]
+    console.print(f"Suggestion: {suggestion['reason']}.", highlight=False, markup=False)
+    for key, value in suggestion["changes"].items():
+        console.print(f"  {key}: {value}", highlight=False, markup=False)
     for sentence in found["warnings"]:
         console.print(f"- {sentence}", highlight=False, markup=False)
 

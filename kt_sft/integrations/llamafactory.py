@@ -22,6 +22,7 @@ from kt_sft.integrations import autoload
 from kt_sft.integrations.adapters import check_adapter, check_dropout, check_resumed
 from kt_sft.integrations.checkpoints import FoundCheckpoint, check_complete, mark_found, settle_resumed
 from kt_sft.integrations.host_memory import check_parallel, check_training
+from kt_sft.integrations.memory_check import check_before_loading, remember_setup
 from kt_sft.integrations.peft import target_parameters
 from kt_sft.integrations.peft_configs import trained_dropout
 
@@ -115,6 +116,7 @@ def check_parsed_arguments(parser: ModuleType) -> None:
             _check_training_arguments(training_args)
             check_training(settings, training_args, finetuning_args)
             _check_trained_adapter(model_args, finetuning_args, training_args)
+            remember_setup(settings, *parsed)
         if isinstance(training_args.resume_from_checkpoint, FoundCheckpoint):
             training_args.resume_from_checkpoint = str(training_args.resume_from_checkpoint)
         return parsed
@@ -149,6 +151,8 @@ def extend_quantization(module: ModuleType) -> None:
             configure(config, tokenizer, model_args, is_trainable, init_kwargs)
             return
         _show_log()
+        if is_trainable:
+            check_before_loading(model_args, settings)
         init_kwargs["quantization_config"] = settings
 
     module.configure_quantization = configure_quantization  # type: ignore[attr-defined]

@@ -22,7 +22,7 @@ from kt_sft.experts import CpuExperts
 from kt_sft.loading.announce import announce, announce_untouched
 from kt_sft.loading.checkpoint import Checkpoint
 from kt_sft.loading.dense import check_finite
-from kt_sft.loading.errors import CheckpointError
+from kt_sft.loading.errors import CheckpointError, NotEnoughMemoryError
 from kt_sft.loading.layout import ExpertLayout, find_experts
 from kt_sft.loading.mapped import decide_mapped
 from kt_sft.loading.mapping import ModulePlan, block_of, feeds_experts, plan_experts
@@ -264,17 +264,32 @@ class KTQuantizer(HfQuantizer):
         if any(torch.device(device).type == "cpu" for device in devices if device != "disk"):
             taken = {id(value) for plan in self._plans for value in model.get_submodule(plan.name).parameters()}
             dense = sum(value.nbytes for value in model.parameters() if id(value) not in taken)
+        # Training is checked with its weights; what of it is only predicted is no reason to refuse it.
+        check: Any = getattr(self._config, "training_check", None)
+        what = f"the experts of {len(plans)} layers"
+        facts = None if check is None else check.facts(model, self._plans, self._storages)
+        if facts is not None:
+            dense += check.host_bytes(facts)
+            what += ", the weights beside them, adapters and optimizer"
         each, together = (dense, experts) if self._loader.sharers > 1 else (dense + experts, 0)
-        what, processes = f"the experts of {len(plans)} layers", local_rank_and_size()[1]
+        processes = local_rank_and_size()[1]
         scales = sum(scales_bytes(plan.layout, self._storages[plan.name]) for plan in plans)
         beside = "the weights beside the experts" + (", and the experts' scales" if scales else "")
-        return decide_mapped(
-            plans,
-            self._storages,
-            self._config.store,
-            resident=lambda: require_bytes(each, what, processes, together),
-            mapped=lambda: require_bytes(dense + scales, beside, processes),
-        )
+        try:
+            mapped = decide_mapped(
+                plans,
+                self._storages,
+                self._config.store,
+                resident=lambda: require_bytes(each, what, processes, together),
+                mapped=lambda: require_bytes(dense + scales, beside, processes),
+            )
+        except NotEnoughMemoryError as error:
+            if facts is None:
+                raise
+            raise check.refusal(error, facts) from None
+        if facts is not None:
+            check.warn(facts, mapped)
+        return mapped
 
     def _look_unquantised(self, model: PreTrainedModel) -> None:
         if hasattr(model.config, "quantization_config"):

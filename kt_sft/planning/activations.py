@@ -1,8 +1,8 @@
 """One training step without values: what memory it needs at its peak, and how much work it is.
 
-A step runs forward and backward on fake tensors (torch's own, which know shapes and dtypes and hold no memory), with the
-model's own classes, PEFT's layers, autocast, checkpointing and loss. Every storage is counted from the operation that
-makes it to its release, which is what an allocator would have to give. Nothing here knows a model family.
+A step runs forward and backward on fake tensors (torch's own, which know shapes and dtypes and hold no memory), with
+the model's own classes, PEFT's layers, autocast, checkpointing and loss. Every storage is counted from the operation
+that makes it to its release, which is what an allocator would have to give. Nothing here knows a model family.
 
 Layers of one kind are alike, so a step runs on one layer of each kind, and once more with one of them twice: what that
 adds is what each further layer adds. For L_k layers of kind k, with p(n_1, n_2, ...) what is found for n_k of each,
@@ -30,9 +30,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from kt_sft.planning.model import ModelFacts, targets_of
+from kt_sft.planning.model import ModelFacts, targets_of, text_config
 from kt_sft.planning.setup import TrainingSetup
 
+#: glibc's DEFAULT_MMAP_THRESHOLD_MAX: https://man7.org/linux/man-pages/man3/mallopt.3.html (M_MMAP_THRESHOLD).
+_LARGEST_KEPT = 32 << 20
+#: Taken for small blocks, by what is alive of them: 1.4 to 1.8 measured (glibc 2.36, two models, docs/plan.md).
+_FRAGMENTATION = 1.6
 #: Attributes that the layers of a stack differ in without differing in kind.
 _NUMBERED = re.compile(r"\d+")
 
@@ -43,12 +47,17 @@ class Cost:
 
     Args:
         peak_bytes: What is alive at the peak beyond parameters and their gradients.
+        heap_bytes: What the C library's allocator has taken by then. Blocks of more than 32 MiB go back to the system
+            when they are freed; smaller ones stay, so that it is the most of the former plus the most of the latter.
+            Of the latter more is taken than is ever alive: torch asks for aligned blocks, for which a freed block of
+            the same size is too short unless its neighbour is free as well.
         flops: Of products, attention included.
         moved_bytes: What the other operations read and write.
         operations: How many there are that compute something.
     """
 
     peak_bytes: float = 0.0
+    heap_bytes: float = 0.0
     flops: float = 0.0
     moved_bytes: float = 0.0
     operations: float = 0.0
@@ -88,7 +97,7 @@ def step_cost(facts: ModelFacts, setup: TrainingSetup) -> Cost:
 def _kind(facts: ModelFacts, number: int, layer: nn.Module) -> Any:
     names = [(type(part).__name__, _NUMBERED.sub("#", name)) for name, part in layer.named_modules()]
     shapes = [(name, tuple(value.shape)) for name, value in layer.named_parameters()]
-    types = getattr(facts.model.config.get_text_config(), "layer_types", None) or ()
+    types = getattr(text_config(facts.model.config), "layer_types", None) or ()
     return str((type(layer).__name__, names, shapes, types[number] if number < len(types) else None))
 
 
@@ -114,12 +123,12 @@ def _excerpt(facts: ModelFacts, setup: TrainingSetup, numbers: list[int]) -> nn.
     """A copy of some layers of the model and what is around them, with adapters, ready to train."""
     from peft import LoraConfig, get_peft_model
 
-    model = facts.model
+    model: Any = facts.model
     stack = model.get_submodule(facts.stack)
     assert isinstance(stack, nn.ModuleList)
     try:
         model.set_submodule(facts.stack, nn.ModuleList([stack[number] for number in numbers]))
-        excerpt = copy.deepcopy(model)
+        excerpt: Any = copy.deepcopy(model)
     finally:
         model.set_submodule(facts.stack, stack)
     for name, module in [*excerpt.named_modules()]:
@@ -130,9 +139,7 @@ def _excerpt(facts: ModelFacts, setup: TrainingSetup, numbers: list[int]) -> nn.
         excerpt.gradient_checkpointing_enable({"use_reentrant": setup.reentrant, "preserve_rng_state": False})
     targets = targets_of(excerpt, setup, [])
     if targets:
-        config = LoraConfig(
-            r=setup.rank, lora_dropout=setup.dropout, target_modules=[*targets], task_type="CAUSAL_LM"
-        )
+        config = LoraConfig(r=setup.rank, lora_dropout=setup.dropout, target_modules=[*targets], task_type="CAUSAL_LM")
         excerpt = get_peft_model(excerpt, config)
     dtype = torch.bfloat16 if setup.pure_bf16 else torch.float32
     for parameter in excerpt.parameters():
@@ -221,12 +228,15 @@ class _Recorder(TorchDispatchMode):
         tensors = [*model.parameters(), *model.buffers()]
         grads = [value.grad for value in tensors if value.grad is not None]
         self._known = {value.untyped_storage()._cdata: 0 for value in (*tensors, *grads)}
-        self._live = self._peak = 0
+        self._live, self._peak = [0, 0], [0, 0]  # small blocks, large ones
+        self._together = 0
         self._flops = self._moved = self._operations = 0.0
 
     def cost(self) -> Cost:
         """What was found."""
-        return Cost(self._peak, self._flops, self._moved, self._operations)
+        return Cost(
+            self._together, self._peak[0] * _FRAGMENTATION + self._peak[1], self._flops, self._moved, self._operations
+        )
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
@@ -250,12 +260,15 @@ class _Recorder(TorchDispatchMode):
     def _take(self, storage: Any) -> None:
         size = storage.nbytes()
         self._known[storage._cdata] = size
-        self._live += size
-        self._peak = max(self._peak, self._live)
+        large = size > _LARGEST_KEPT
+        self._live[large] += size
+        self._peak[large] = max(self._peak[large], self._live[large])
+        self._together = max(self._together, sum(self._live))
         weakref.finalize(storage, self._release, storage._cdata).atexit = False
 
     def _release(self, key: int) -> None:
-        self._live -= self._known.pop(key, 0)
+        size = self._known.pop(key, 0)
+        self._live[size > _LARGEST_KEPT] -= size
 
 
 def _flops(function: Any, inputs: list[Tensor], outputs: list[Tensor]) -> float:

@@ -12,6 +12,8 @@ from kt_sft.planning.setup import RecipeError
 
 #: Tiers whose panels hold BF16 values; the others hold FP32.
 _BF16_TIERS = ("avx512_bf16", "amx")
+#: What comes to a process between its imports and its first step: data, the Trainer, threads, compiled kernels.
+_STARTED = 48 << 20
 #: Host memory of a process that has imported all that training imports, where it cannot be measured.
 USUAL_BASE = 800 << 20
 
@@ -30,7 +32,6 @@ class Machine:
         peak_flops: Of the engine's products, all threads.
         read_bytes: Per second from memory, all threads.
         is_here: Whether it is this machine, whose speeds can be measured.
-        rates: Measured speeds, where a file has them: fields of `rates.StepRates`.
     """
 
     name: str
@@ -42,7 +43,6 @@ class Machine:
     peak_flops: float | None = None
     read_bytes: float | None = None
     is_here: bool = False
-    rates: dict[str, float] | None = None
 
     @property
     def element_bytes(self) -> int:
@@ -84,7 +84,7 @@ def read_machine(path: Path) -> Machine:
     """
     try:
         facts = json.loads(path.read_text())
-        chosen = next((tier for tier in facts["tiers"] if tier["chosen"]), {})
+        chosen: dict[str, Any] = next((tier for tier in facts["tiers"] if tier["chosen"]), {})
         found: list[dict[str, Any]] = facts["accelerators"]
         first = found[0] if found else {}
         rate = facts["memory"].get("read_gbs")
@@ -98,7 +98,6 @@ def read_machine(path: Path) -> Machine:
             tier=facts["engine"]["tier"] or "portable",
             peak_flops=None if peak is None else peak * 1e9,
             read_bytes=None if rate is None else rate * 1e9,
-            rates=facts.get("rates"),
         )
     except OSError as error:
         raise RecipeError(f"--machine: {path} cannot be read: {error.strerror}") from error
@@ -110,12 +109,13 @@ def read_machine(path: Path) -> Machine:
 
 
 def measured_base() -> int:
-    """Bytes that this process has once it has imported all that a training run imports, before a model is there."""
+    """Bytes of a training process without a model: what this one has once it has imported the same, and some more."""
     try:
         importlib.import_module("llamafactory.train.tuner")
     except Exception:  # its imports probe devices and packages; without it the usual size must do
         return USUAL_BASE
-    return resident_bytes() or USUAL_BASE
+    resident = resident_bytes()
+    return USUAL_BASE if resident is None else resident + _STARTED
 
 
 def resident_bytes() -> int | None:

@@ -6,17 +6,20 @@ intermediate size, r LoRA rank, P parameters that are trained.
 - Experts: E (2 I H + H I) weights a layer, each as the format stores it, scales included; as the loader counts them.
 - Dense: every other parameter in the dtype it is loaded in, and buffers.
 - LoRA: r (inputs + outputs) parameters for a linear layer, E r (H + 2I) + E r (I + H) for a layer of experts (2I is I
-  without gates). Each is a master of 4 bytes (2 with pure_bf16) and a gradient as large; those on experts have a copy of
-  2 bytes in the engine's format, at a rank rounded up to an even number.
+  without gates). Each is a master of 4 bytes (2 with pure_bf16) and a gradient as large; those on experts have a copy
+  of 2 bytes in the engine's format, at a rank rounded up to an even number.
 - Optimizer: bytes a parameter by its kind, 8 for AdamW (two moments in FP32).
 - Activations of the model: the peak of a step without values (activations.py).
 - Activations of the experts: gate and up values of every layer, S 2I 2 bytes, with `retain`; where layers are
   checkpointed, also their outputs, T H values. From an accelerator, tokens are copied to the host: T H values for every
-  layer, or for one where layers are checkpointed. With adapters on experts, backward holds one layer's gradients twice,
-  as the engine writes them and as the parameters have them.
-- Buffers: the engine's scratch. A routed row takes 4 H (sums), 2I e (gradients of gate and up, e bytes an element of the
-  tier's panels), with `recompute` 2 · 2I, with trained adapters 2 I e and three low-rank rows; long batches are cut to
-  stay within scratch_mb. Each thread has up to 1 MiB besides.
+  layer, or for one where layers are checkpointed. Interleaved micro-batches count twice, as the model's activations do.
+  With adapters on experts, backward holds one layer's gradients twice, as the engine writes them and as the parameters
+  have them.
+- Buffers: the engine's scratch. A routed row takes 4 H (sums), 2I e (gradients of gate and up, e bytes an element of
+  the tier's panels), with `recompute` 2 · 2I, with trained adapters 2 I e and three low-rank rows; long batches are cut
+  to stay within scratch_mb. Each thread has up to 1 MiB besides. Loading comes before all that, and takes what
+  quantised matrices are turned or dequantised in, for each of its readers; it counts where it is more than activations
+  and scratch.
 - Base: the process with what it imports, measured where it runs.
 """
 
@@ -44,6 +47,8 @@ OPTIMIZER_BYTES: dict[str, float] = {
 #: What a CUDA context, its libraries' workspaces and an allocator's rounding take, roughly.
 DEVICE_BASE = 700 << 20
 _THREAD_SCRATCH = 1 << 20
+#: As loading/streaming.py has them.
+_MOST_READERS = 16
 _MASTER = 4
 
 
@@ -75,7 +80,7 @@ class Memory:
     """Of a run.
 
     Args:
-        host: Of one process, experts that stay in the checkpoint's files left out.
+        host: Of one process, what of the experts stays in the checkpoint's files left out.
         device: Of one accelerator; None where the host does everything.
         experts_bytes: Whether in memory or in the files.
         is_mapped: Whether the experts stay in the checkpoint's files.
@@ -153,15 +158,22 @@ def memory_of(
     lora = {"linear": linear * (2 * master + exchanged), "routed": routed * (2 * master + exchanged)}
     optimizer = {"linear": int(linear * state), "routed": int(routed * state)}
     copies = sum(2 * _of_experts(layout, setup.rank + setup.rank % 2) for layout in facts.layouts.values())
+    kept = host_activations(facts, setup, on_device=on_device)
+    loading = 0 if is_mapped else facts.staged_bytes * min(_MOST_READERS, 2 * machine.threads)
     host = Terms(
-        experts=0 if is_mapped else facts.experts_bytes,
+        experts=facts.scales_bytes if is_mapped else facts.experts_bytes,
         lora=copies if routed else 0,
-        activations=host_activations(facts, setup, on_device=on_device),
-        buffers=max((scratch_bytes(layout, facts.slots, setup, machine) for layout in facts.layouts.values()), default=0),
+        activations=kept,
+        buffers=max(
+            *(scratch_bytes(layout, facts.slots, setup, machine) for layout in facts.layouts.values()),
+            loading - kept - (0 if on_device else int(cost.heap_bytes)),
+        ),
         base=base,
     )
     model = Terms(dense=facts.dense_bytes, lora=lora["linear"], optimizer=optimizer["linear"])
-    model = dataclasses.replace(model, activations=int(cost.peak_bytes))
+    model = dataclasses.replace(
+        model, activations=int((cost.peak_bytes if on_device else cost.heap_bytes) * in_flight(setup, on_device))
+    )
     experts_side = Terms(lora=lora["routed"], optimizer=optimizer["routed"])
     if not on_device:
         return Memory(_sum(host, model, experts_side), None, facts.experts_bytes, is_mapped, processes, linear + routed)
@@ -179,21 +191,33 @@ def _sum(*parts: Terms) -> Terms:
 
 def host_activations(facts: ModelFacts, setup: TrainingSetup, *, on_device: bool) -> int:
     """What the experts keep for backward in host memory."""
-    tokens, rows = setup.tokens, setup.tokens * facts.slots
+    tokens = setup.tokens * in_flight(setup, on_device)
+    rows = tokens * facts.slots
     settings, layouts = setup.settings, facts.layouts.values()
     value = 2 if setup.autocast else next(facts.model.parameters()).element_size()
     retained = outputs = inputs = 0
-    if settings.activation_policy == "retain":
-        retained = sum(2 * rows * _columns(layout) for layout in layouts)
-        if settings.retained_mb is not None:
-            retained = min(retained, settings.retained_mb << 20)
-        if setup.checkpointing:
-            outputs = sum(tokens * layout.hidden_size * value for layout in layouts)
     if on_device:
         copies = [tokens * layout.hidden_size * value for layout in layouts]
         inputs = max(copies, default=0) if setup.checkpointing else sum(copies)
+    if settings.activation_policy == "retain":
+        retained = sum(2 * rows * _columns(layout) for layout in layouts)
+        if setup.checkpointing:
+            outputs = sum(tokens * layout.hidden_size * value for layout in layouts)
+        if settings.retained_mb is not None:
+            retained = min(retained, max(0, (settings.retained_mb << 20) - outputs - inputs))
     gradients = max((2 * 4 * _of_experts(layout, setup.rank) for layout in layouts), default=0)
     return retained + outputs + inputs + (gradients if settings.lora_experts else 0)
+
+
+def in_flight(setup: TrainingSetup, on_device: bool) -> int:
+    """Micro-batches that are computed at a time: two where they are interleaved, or the two halves of one."""
+    return 2 if interleaves(setup, on_device) and setup.accumulation > 1 else 1
+
+
+def interleaves(setup: TrainingSetup, on_device: bool) -> bool:
+    """Whether the Trainer computes two at a time; not where dropout draws random numbers."""
+    wanted = setup.settings.interleave_micro_batches
+    return (on_device if wanted is None else wanted) and setup.dropout == 0
 
 
 def scratch_bytes(layout: ExpertLayout, slots: int, setup: TrainingSetup, machine: Machine) -> int:

@@ -15,16 +15,22 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from kt_sft.loading.checkpoint import Checkpoint
 from kt_sft.loading.layout import ExpertLayout, find_experts
 from kt_sft.loading.mapped import obstacle
-from kt_sft.loading.mapping import ModulePlan, plan_experts
-from kt_sft.loading.memory import experts_bytes
+from kt_sft.loading.mapping import MatrixRead, ModulePlan, plan_experts
+from kt_sft.loading.memory import experts_bytes, scales_bytes
 from kt_sft.loading.sources.dense import plan_dense
-from kt_sft.loading.sources.entries import resolve_storage
+from kt_sft.loading.sources.entries import QuantisedEntry, keeps, resolve_storage
 from kt_sft.loading.sources.methods import check_method, fold_tensors
 from kt_sft.planning.setup import RecipeError, TrainingSetup
 
@@ -44,14 +50,16 @@ class ModelFacts:
         layouts: Of its modules of routed experts, by name.
         storages: How each is stored, as LayerStore's arguments.
         slots: Experts per token.
+        staged_bytes: Of host memory for each matrix that is being loaded, where its source is quantised.
         obstacle: Why the experts cannot stay in the checkpoint's files; None if they can.
         notes: What was taken for something else.
     """
 
-    model: nn.Module
+    model: PreTrainedModel
     layouts: Mapping[str, ExpertLayout]
     storages: Mapping[str, Mapping[str, Any]]
     slots: int
+    staged_bytes: int = 0
     obstacle: str | None = None
     notes: tuple[str, ...] = ()
 
@@ -59,6 +67,11 @@ class ModelFacts:
     def experts_bytes(self) -> int:
         """Of all routed experts as they are stored, scales included."""
         return sum(experts_bytes(layout, self.storages[name]) for name, layout in self.layouts.items())
+
+    @property
+    def scales_bytes(self) -> int:
+        """What of that stays in memory where codes stay in the checkpoint's files."""
+        return sum(scales_bytes(layout, self.storages[name]) for name, layout in self.layouts.items())
 
     @property
     def formats(self) -> tuple[str, ...]:
@@ -100,7 +113,9 @@ def read_model(setup: TrainingSetup) -> ModelFacts:
     model = _build(config, setup, _dtype(config, checkpoint))
     layouts = find_experts(model)
     if not layouts:
-        raise RecipeError(f"{setup.model}: {type(model).__name__} has no routed experts; kt_sft leaves such models as they are")
+        raise RecipeError(
+            f"{setup.model}: {type(model).__name__} has no routed experts; kt_sft leaves such models as they are"
+        )
     conversions = get_model_conversion_mapping(model, None, None)
     plans = plan_experts(model, layouts, checkpoint, conversions)
     plan_dense(model, checkpoint.tensors, plans, conversions)  # raises where loading would
@@ -109,7 +124,7 @@ def read_model(setup: TrainingSetup) -> ModelFacts:
 
 
 def facts_of(
-    model: nn.Module,
+    model: PreTrainedModel,
     plans: Sequence[ModulePlan],
     storages: Mapping[str, Mapping[str, Any]],
     setup: TrainingSetup,
@@ -121,9 +136,20 @@ def facts_of(
         {plan.name: plan.layout for plan in plans},
         storages,
         _slots(model.config),
+        max((_staged_bytes(read, storages[plan.name]) for plan in plans for read in plan.reads), default=0),
         obstacle(plans, storages),
         tuple(notes),
     )
+
+
+def _staged_bytes(read: MatrixRead, storage: Mapping[str, Any]) -> int:
+    """What reading one matrix takes beside its place: nothing where rows or codes are read into it."""
+    entry, weights = read.view.entry, read.view.rows * read.view.cols
+    if not isinstance(entry, QuantisedEntry):
+        return 0
+    if keeps(entry, storage):  # codes that are turned are unpacked to bytes, and packed again
+        return 3 * weights if entry.turns else 0
+    return 12 * weights  # codes, their values and their scales in FP32
 
 
 def text_config(config: Any) -> Any:
@@ -179,7 +205,9 @@ def _config(folder: Path, setup: TrainingSetup) -> tuple[PreTrainedConfig, list[
     if kind in _SAME_AS:
         other = _SAME_AS[kind]
         keys = {key: value for key, value in found.items() if key not in ("model_type", "auto_map")}
-        note = f"model_type {kind} is planned as {other}, whose layers are the same; transformers has no class of its own"
+        note = (
+            f"model_type {kind} is planned as {other}, whose layers are the same; transformers has no class of its own"
+        )
         return AutoConfig.for_model(other, **keys), [note]
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=setup.trust_remote_code), []
@@ -198,8 +226,12 @@ def _dtype(config: PreTrainedConfig, checkpoint: Checkpoint) -> torch.dtype:
     return torch.bfloat16 if dtype.itemsize == 1 else dtype
 
 
-def _build(config: PreTrainedConfig, setup: TrainingSetup, dtype: torch.dtype) -> nn.Module:
-    classes = AutoModelForImageTextToText if type(config) in AutoModelForImageTextToText._model_mapping else AutoModelForCausalLM
+def _build(config: PreTrainedConfig, setup: TrainingSetup, dtype: torch.dtype) -> PreTrainedModel:
+    classes = (
+        AutoModelForImageTextToText
+        if type(config) in AutoModelForImageTextToText._model_mapping
+        else AutoModelForCausalLM
+    )
     asked = ATTENTION.get(setup.attention)
     arguments = {"dtype": dtype, "trust_remote_code": setup.trust_remote_code}
     with torch.device("meta"):
@@ -209,7 +241,7 @@ def _build(config: PreTrainedConfig, setup: TrainingSetup, dtype: torch.dtype) -
             return classes.from_config(config, **arguments, attn_implementation="eager")
 
 
-def targets_of(model: nn.Module, setup: TrainingSetup, experts: Sequence[str]) -> dict[str, nn.Linear]:
+def targets_of(model: nn.Module, setup: TrainingSetup, experts: Sequence[str]) -> dict[str, Any]:
     """The linear modules that get adapters, by name; as LLaMA-Factory chooses them, "all" without the output layer."""
     found = {}
     for name, module in model.named_modules():
@@ -220,4 +252,4 @@ def targets_of(model: nn.Module, setup: TrainingSetup, experts: Sequence[str]) -
         last = name.rpartition(".")[2]
         if ("lm_head" not in name) if setup.targets == ("all",) else last in setup.targets:
             found[name] = module
-    return found  # type: ignore[return-value]
+    return found

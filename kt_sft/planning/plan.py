@@ -23,6 +23,7 @@ class Plan:
         setup: Of the run.
         machine: For which.
         memory: Needed.
+        cost: Of a micro-batch, without the experts.
         speed: None where nothing is known of the machine's.
         formats: Of the experts.
         warnings: What is not modelled, or was taken for something else.
@@ -31,6 +32,7 @@ class Plan:
     setup: TrainingSetup
     machine: Machine
     memory: Memory
+    cost: Cost
     speed: Speed | None
     formats: tuple[str, ...]
     warnings: tuple[str, ...]
@@ -103,7 +105,7 @@ def make_plan(
         warnings.append("speeds were not measured at these sizes: the time is an estimate from the machine's peaks")
     if speed is None and cost.operations:
         warnings.append("nothing is known of the machine's speed, so no time is predicted")
-    return Plan(setup, machine, found, speed, facts.formats, tuple(warnings))
+    return Plan(setup, machine, found, cost, speed, facts.formats, tuple(warnings))
 
 
 def _rates(

@@ -1,4 +1,4 @@
-"""How fast a step's parts are: measured here at the sizes of a run, or taken from what another machine's doctor says."""
+"""How fast a step's parts are: measured here at a run's sizes, or taken from what another machine's doctor says."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from kt_sft.planning.setup import TrainingSetup
 
 #: Bytes of experts that are measured: more than caches hold, less than a whole layer of the largest models.
 _EXPERT_BYTES = 1 << 28
-_LINK_BYTES = 1 << 27
+_LINK_BYTES = 1 << 28
 _MOVED_VALUES = 1 << 24
-_REPEATS = 3
+_REPEATS = 5
 #: What of a run's settings concerns the speed of one layer; the rest is about checkpoints and where adapters lie.
 _LAYER_SETTINGS = ("compute", "num_threads", "activation_policy", "scratch_mb")
 #: Of a machine that only its doctor describes: the part of its peaks that long products reach.
@@ -83,14 +83,12 @@ def measure_rates(
         dense=_dense_rate(setup.tokens, layout.hidden_size, device),
         memory=_memory_rate(device),
         operation_seconds=_operation_seconds(device),
-        link=_link_rate(device) if on_device else None,
+        link=link_rate(device) if on_device else None,
     )
 
 
 def usual_rates(machine: Machine, *, on_device: bool) -> StepRates | None:
     """What another machine's doctor, and what is known of its accelerator, lets expect; None where it says nothing."""
-    if machine.rates is not None:
-        return StepRates(**(machine.rates | {"is_measured": False}))  # type: ignore[arg-type]
     if machine.peak_flops is None:
         return None
     engine = machine.peak_flops * _USUAL_SHARE
@@ -148,31 +146,32 @@ def _dense_rate(tokens: int, hidden: int, device: str) -> float:
     """Of BF16 products of T tokens with matrices of a layer's usual size."""
     x = torch.rand(tokens, hidden, device=device).to(torch.bfloat16)
     weight = torch.rand(hidden, hidden, device=device).to(torch.bfloat16)
-    return 2.0 * tokens * hidden * hidden / _seconds(lambda: torch.nn.functional.linear(x, weight), device)
+    return 2.0 * tokens * hidden * hidden / seconds_of(lambda: torch.nn.functional.linear(x, weight), device)
 
 
 def _memory_rate(device: str) -> float:
     """Of what norms and casts do: read FP32, write BF16."""
     values = torch.rand(_MOVED_VALUES, device=device)
-    return values.numel() * 6.0 / _seconds(lambda: values.to(torch.bfloat16), device)
+    return values.numel() * 6.0 / seconds_of(lambda: values.to(torch.bfloat16), device)
 
 
 def _operation_seconds(device: str) -> float:
     """Of a small operation, a module's call and autograd's node counted."""
     module = torch.nn.Sequential(*(torch.nn.SiLU() for _ in range(50)))
     x = torch.zeros(8, 8, device=device, requires_grad=True)
-    return _seconds(lambda: module(x).sum().backward(), device) / 100
+    return seconds_of(lambda: module(x).sum().backward(), device) / 100
 
 
-def _link_rate(device: str) -> float:
+def link_rate(device: str) -> float:
     """Of copies between pinned memory and the accelerator, in the slower direction."""
     host = torch.empty(_LINK_BYTES, dtype=torch.uint8, pin_memory=True)
     there = torch.empty_like(host, device=device)
-    slower = max(_seconds(lambda: there.copy_(host), device), _seconds(lambda: host.copy_(there), device))
+    slower = max(seconds_of(lambda: there.copy_(host), device), seconds_of(lambda: host.copy_(there), device))
     return _LINK_BYTES / slower
 
 
-def _seconds(call: Callable[[], Any], device: str) -> float:
+def seconds_of(call: Callable[[], Any], device: str) -> float:
+    """Of a call, the median of a few after a first one; what it starts on an accelerator is waited for."""
     times = []
     for _ in range(_REPEATS + 1):
         start = time.perf_counter()

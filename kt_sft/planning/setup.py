@@ -1,7 +1,7 @@
 """What of a recipe decides memory and time; read from its YAML, or from what LLaMA-Factory made of it.
 
-The names are LLaMA-Factory's. A plan needs none of its checks, which also ask for data and for this machine's devices, so
-a recipe for another machine can be read here.
+The names are LLaMA-Factory's. A plan needs none of its checks, which also ask for data and for this machine's devices,
+so a recipe for another machine can be read here.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ DEFAULTS: dict[str, Any] = {
     "upcast_lmhead_output": False,
     "freeze_vision_tower": True,
     "use_cpu": False,
-    "trust_remote_code": True,
+    "trust_remote_code": False,
 }
 
 #: What changes memory in ways that are not worked out here: key -> what of it is left out.
@@ -55,7 +55,7 @@ UNMODELLED = {
     "use_unsloth_gc": "activations that use_unsloth_gc moves to host memory",
 }
 
-#: Sequences of a batch that a pair or triple of data makes.
+#: Sequences that an example makes, where it is not one.
 _SEQUENCES = {"rm": 2, "dpo": 2, "kto": 2}
 
 
@@ -170,7 +170,7 @@ def setup_of(recipe: Mapping[str, Any]) -> TrainingSetup:
         settings=KTConfig.from_dict(keys["kt_sft"]),
         stage=stage,
         cutoff=_count(keys, "cutoff_len"),
-        batch=_count(keys, "per_device_train_batch_size") * _SEQUENCES.get(stage, 1),
+        batch=_count(keys, "per_device_train_batch_size") * sequences_of(stage),
         accumulation=_count(keys, "gradient_accumulation_steps"),
         autocast=autocast,
         pure_bf16=bool(keys["pure_bf16"]),
@@ -189,6 +189,11 @@ def setup_of(recipe: Mapping[str, Any]) -> TrainingSetup:
         trust_remote_code=bool(keys["trust_remote_code"]),
         unmodelled=tuple(unmodelled),
     )
+
+
+def sequences_of(stage: str) -> int:
+    """Sequences that one example of a stage's data makes."""
+    return _SEQUENCES.get(stage, 1)
 
 
 def _count(keys: Mapping[str, Any], name: str) -> int:

@@ -1,16 +1,17 @@
 """How long a step takes: the experts' products, the rest's work as a step without values has counted it, the link.
 
 The rest takes as long as its products at their rate, what its other operations move at memory's rate, and a fixed time
-for each operation. Host and accelerator work in turn, as kt_sft runs a single micro-batch.
+for each operation. Host and accelerator work in turn, or side by side where micro-batches are interleaved: then a way
+of as many equal stages as there are layers of experts stands for a micro-batch (offload/step_model.py).
 """
 
 from __future__ import annotations
 
 import dataclasses
 
-from kt_sft.offload.step_model import ACTIVATION_BYTES
+from kt_sft.offload.step_model import ACTIVATION_BYTES, in_turn, side_by_side
 from kt_sft.planning.activations import Cost
-from kt_sft.planning.memory import Memory
+from kt_sft.planning.memory import Memory, interleaves
 from kt_sft.planning.model import ModelFacts
 from kt_sft.planning.rates import StepRates
 from kt_sft.planning.setup import TrainingSetup
@@ -29,6 +30,7 @@ class Speed:
         link: Both ways.
         tokens: Of a step, on one device.
         has_device: Whether the rest is on an accelerator.
+        step: Of all: the sum, or less where micro-batches run side by side.
     """
 
     experts: float
@@ -36,11 +38,7 @@ class Speed:
     link: float
     tokens: int
     has_device: bool
-
-    @property
-    def step(self) -> float:
-        """Of all, in turn."""
-        return self.experts + self.rest + self.link
+    step: float
 
     @property
     def tokens_per_second(self) -> float:
@@ -63,7 +61,7 @@ def speed_of(facts: ModelFacts, setup: TrainingSetup, cost: Cost, memory: Memory
     again = setup.checkpointing and setup.settings.activation_policy == "recompute"
     experts = flops * (2 if again else 1) / rates.expert_forward + flops / rates.expert_backward
     rest = cost.flops / rates.dense + cost.moved_bytes / rates.memory + cost.operations * rates.operation_seconds
-    crossings = link = 0.0
+    link = 0.0
     if rates.link is not None:
         # Tokens there and sums back, forward, again where layers are checkpointed, and backward.
         passes = 3 if setup.checkpointing else 2
@@ -77,4 +75,17 @@ def speed_of(facts: ModelFacts, setup: TrainingSetup, cost: Cost, memory: Memory
         link=link * count,
         tokens=setup.tokens * count,
         has_device=rates.link is not None,
+        step=_step_seconds(setup, experts, rest, link, len(layouts)) + optimizer,
     )
+
+
+def _step_seconds(setup: TrainingSetup, experts: float, rest: float, link: float, layers: int) -> float:
+    """Without the optimizer; the others are of one micro-batch."""
+    parts = (("device", rest), ("to_host", link / 2), ("cpu", experts), ("to_device", link / 2))
+    way = [(name, seconds / layers) for name, seconds in parts] * layers
+    if link == 0.0 or not interleaves(setup, True):
+        return in_turn(way) * setup.accumulation
+    pairs, left = divmod(setup.accumulation, 2)
+    half = [(name, seconds / 2) for name, seconds in way]
+    single = side_by_side([half, half]) if setup.batch > 1 else in_turn(way)
+    return pairs * side_by_side([way, way]) + left * single
