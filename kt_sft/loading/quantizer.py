@@ -29,6 +29,7 @@ from kt_sft.loading.mapping import ModulePlan, block_of, feeds_experts, plan_exp
 from kt_sft.loading.memory import experts_bytes, not_enough, require_bytes, scales_bytes
 from kt_sft.loading.merging import merge_saved, merged_changes
 from kt_sft.loading.processes import Loader, loader_for
+from kt_sft.loading.ready.reading import ReadyStore, is_store
 from kt_sft.loading.saving import check_target, keep_quantization, state_with_experts
 from kt_sft.loading.sharing import publish_store, shared_store
 from kt_sft.loading.sources.dense import DenseWeight, load_dense, plan_dense, set_aside
@@ -57,6 +58,10 @@ class KTQuantizer(HfQuantizer):
         self.pre_quantized = False  # the checkpoint's own dtypes apply to everything but the experts
         #: The checkpoint's own `quantization_config`, if it is quantised.
         self._source: dict[str, Any] | None = getattr(quantization_config, "source_quantization", None)
+        #: The checkpoint is a ready store; `_source` is then what its dense part still is.
+        self._ready = is_store(self._source)
+        if self._ready and self._source is not None:
+            self._source = self._source.get("source_quantization")
         self._plans: list[ModulePlan] = []
         self._storages: dict[str, dict[str, Any]] = {}
         self._dense: list[DenseWeight] = []
@@ -106,7 +111,7 @@ class KTQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, device_map: Any = None, **kwargs: Any
     ) -> PreTrainedModel:
         layouts = find_experts(model)
-        if not layouts and self._source is not None:
+        if not layouts and (self._ready or self._source is not None):
             raise ConfigError(
                 f"kt_sft: {type(model).__name__} has no routed experts, and kt_sft reads quantised checkpoints only of "
                 "models that have some; leave kt_sft out for this one"
@@ -117,11 +122,15 @@ class KTQuantizer(HfQuantizer):
             raise ConfigError("kt_sft: experts are loaded from safetensors files; a state_dict cannot be given instead")
         path = model.config.name_or_path
         checkpoint = Checkpoint(checkpoint_files, path if path and os.path.isdir(path) else None)
+        ready = ReadyStore(checkpoint) if self._ready else None
+        if ready is not None:
+            self._source = ready.quantization
         if self._source is not None:
             checkpoint.tensors = fold_tensors(checkpoint.tensors, self._source)
         key_mapping = getattr(self._config, "key_mapping", None)
         conversions = get_model_conversion_mapping(model, key_mapping, self)
-        self._plans = plan_experts(model, layouts, checkpoint, conversions)
+        planned = ready.plan if ready is not None else plan_experts
+        self._plans = planned(model, layouts, checkpoint, conversions)
         self._storages = {plan.name: resolve_storage(plan, self._config) for plan in self._plans}
         self._dense = plan_dense(model, checkpoint.tensors, self._plans, conversions)
         self._device_map = device_map
@@ -179,8 +188,15 @@ class KTQuantizer(HfQuantizer):
         """Whether what is saved of `model` is incomplete before `finish_saving`.
 
         Raises:
-            CheckpointError: An adapter on experts is attached and not merged, or only a part of the model is saved.
+            CheckpointError: An adapter on experts is attached and not merged, or only a part of the model is saved; or
+                its experts come from a ready store.
         """
+        if self._ready:
+            raise CheckpointError(
+                "kt_sft: the experts come from a ready store, which is made by `kt-sft quantize` alone, so the model is "
+                "not saved from it; merge and export from the checkpoint that the store was made from (an adapter "
+                "trained on one fits the other), or keep the adapter beside the store: chat and api take both"
+            )
         self._check_whole(model)
         return bool(merged_changes(model, self._plans)) or self._source is not None
 
