@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kt_sft.engine.store import OWN_SCALES, LayerStore
+from kt_sft.engine.geometry import SCALE_DTYPES, row_bytes, scales_shape
+from kt_sft.engine.store import LayerStore
 
 #: Names of dtypes in safetensors headers. Two codes of four bits are a byte.
 _CODES = {"bf16": "BF16", "int8": "I8", "fp8": "F8_E4M3"}
@@ -28,14 +29,12 @@ def stored_parts(rows: int, columns: int, storage: Mapping[str, Any]) -> dict[st
         storage: Its format, as LayerStore's arguments.
     """
     name = storage["expert_format"]
-    code_columns = columns if name in _CODES else -(-columns // 2)
+    code_columns = columns if name in _CODES else row_bytes(name, columns)
     parts = {"codes": (_CODES.get(name, "U8"), (rows, code_columns))}
-    if name not in OWN_SCALES:
+    if name not in SCALE_DTYPES:
         return parts
-    dtype, default, block_rows = OWN_SCALES[name]
-    group = default if storage["group_size"] is None else storage["group_size"]
-    shape = (rows, 1) if group == 0 else (-(-rows // block_rows), -(-columns // group))
-    parts["scales"] = (_SCALES[storage.get("scale_dtype") or dtype], shape)
+    shape = scales_shape(name, storage["group_size"], (rows, columns))
+    parts["scales"] = (_SCALES[storage.get("scale_dtype") or SCALE_DTYPES[name]], shape)
     if storage["zero_point"]:
         parts["zeros"] = ("U8", shape)
     return parts
@@ -68,3 +67,20 @@ def copy_stored(store: LayerStore, matrix: str, expert: int) -> dict[str, Tensor
     addresses = {name: parts[name].data_ptr() if name in parts else 0 for name in PARTS}
     store.native.copy_stored(matrix, expert, **addresses)
     return parts
+
+
+def map_stored(store: LayerStore, matrix: str, expert: int, file: Any, places: Mapping[str, int]) -> None:
+    """Takes one matrix of a `mapped` store for what lies in a file as `copy_stored` gave it; nothing is read.
+
+    Args:
+        store: The store.
+        matrix: "gate", "up" or "down".
+        expert: Its number.
+        file: A `MappedFile`.
+        places: The first byte of each part.
+
+    Raises:
+        ValueError: A part does not lie in the file.
+    """
+    offsets = {name: places.get(name, 0) for name in PARTS}
+    store.native.map_stored(matrix, expert, file, **offsets)

@@ -18,6 +18,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 
 import kt_sft
 from kt_sft.config import ConfigError, KTConfig
+from kt_sft.engine.store import OWN_SCALES
 from kt_sft.engine.stored import part_bytes, stored_parts
 from kt_sft.loading.checkpoint import Checkpoint, TensorEntry
 from kt_sft.loading.errors import CheckpointError
@@ -221,7 +222,9 @@ def checkpoint_files(folder: Path) -> list[str]:
 
 
 def _stored_experts(plan: ModulePlan, storage: dict[str, Any]) -> StoredExperts:
-    layout = plan.layout
+    layout, group = plan.layout, storage["group_size"]
+    if group is None and storage["expert_format"] in OWN_SCALES:
+        group = OWN_SCALES[storage["expert_format"]][1]  # said, so that asking for it is asking for what there is
     return StoredExperts(
         layout.num_experts,
         layout.hidden_size,
@@ -229,7 +232,7 @@ def _stored_experts(plan: ModulePlan, storage: dict[str, Any]) -> StoredExperts:
         layout.gated,
         layout.biased,
         storage["expert_format"],
-        storage["group_size"],
+        group,
         storage["zero_point"],
         scale_dtype_name(storage.get("scale_dtype")),
         0.0,

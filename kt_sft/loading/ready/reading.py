@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from kt_sft.engine.store import LayerStore
-from kt_sft.engine.stored import stored_parts
+from kt_sft.engine.stored import map_stored, stored_parts
 from kt_sft.loading.checkpoint import Checkpoint, TensorEntry, read_header
 from kt_sft.loading.errors import CheckpointError
 from kt_sft.loading.layout import ExpertLayout
@@ -67,6 +67,17 @@ class StoredEntry(QuantisedEntry):
             scales=scales,
             zero_points=self.scales("zeros", rows.matrix),
         )
+
+    def map(self, store: LayerStore, read: MatrixRead, file: Any) -> None:
+        """Lets a mapped store have one expert's matrix where it lies.
+
+        Args:
+            store: Of `storage`.
+            read: Which matrix.
+            file: A `MappedFile` of it.
+        """
+        expert = self.rows_of(read.view).matrix
+        map_stored(store, read.matrix, read.expert, file, {part: self.place(part, expert) for part in self.parts})
 
     def dequantised(self, rows: Rows) -> Tensor:
         """Code x scale, by the engine's own definition."""
