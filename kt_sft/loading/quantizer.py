@@ -29,6 +29,7 @@ from kt_sft.loading.mapping import ModulePlan, block_of, feeds_experts, plan_exp
 from kt_sft.loading.memory import experts_bytes, not_enough, require_bytes, scales_bytes
 from kt_sft.loading.merging import merge_saved, merged_changes
 from kt_sft.loading.processes import Loader, loader_for
+from kt_sft.loading.ready.manifest import NOT_SAVED
 from kt_sft.loading.ready.reading import ReadyStore, is_store
 from kt_sft.loading.saving import check_target, keep_quantization, state_with_experts
 from kt_sft.loading.sharing import publish_store, shared_store
@@ -192,11 +193,7 @@ class KTQuantizer(HfQuantizer):
                 its experts come from a ready store.
         """
         if self._ready:
-            raise CheckpointError(
-                "kt_sft: the experts come from a ready store, which is made by `kt-sft quantize` alone, so the model is "
-                "not saved from it; merge and export from the checkpoint that the store was made from (an adapter "
-                "trained on one fits the other), or keep the adapter beside the store: chat and api take both"
-            )
+            raise CheckpointError(f"kt_sft: {NOT_SAVED}")
         self._check_whole(model)
         return bool(merged_changes(model, self._plans)) or self._source is not None
 

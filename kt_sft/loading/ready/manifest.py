@@ -25,6 +25,12 @@ MANIFEST = "kt_sft_store.json"
 #: What a store's config.json has for a `quant_method`: a name that nobody else knows.
 METHOD = STORE_METHOD
 VERSION = 1
+#: Why no model is saved from a store, and the way out.
+NOT_SAVED = (
+    "the experts come from a ready store, which `kt-sft quantize` alone makes, so no model is saved from it; merge and "
+    "export from the checkpoint that the store was made from (an adapter trained on one fits the other), or keep the "
+    "adapter beside the store: chat and api take both"
+)
 
 _SCALE_DTYPES = {None: None, "F32": torch.float32, "F16": torch.float16}
 _MOST_BYTES = 1 << 28
@@ -211,9 +217,7 @@ def _experts(key: str, value: Any) -> StoredExperts:
 
 def _file(key: str, value: Any) -> StoredFile:
     fields = _exactly(value, StoredFile, f"files.{key}")
-    tensors = {
-        name: _tensor(name, tensor) for name, tensor in _mapping(fields["tensors"], f"{key}.tensors").items()
-    }
+    tensors = {name: _tensor(name, tensor) for name, tensor in _mapping(fields["tensors"], f"{key}.tensors").items()}
     return StoredFile(_count(fields["bytes"], f"{key}.bytes"), _hash(fields["header_sha256"], key), tensors)
 
 

@@ -118,9 +118,7 @@ class ReadyStore:
         self.manifest = read_manifest(self.folder)
         check_headers(self.folder, self.manifest, [Path(file).name for file in checkpoint.files])
         notes = {f"{module}.{name}" for module in self.manifest.experts for name in ("gate_up_proj", "up_proj")}
-        self._tensors = {
-            key: entry for key, entry in checkpoint.tensors.items() if MARK in key or key in notes
-        }
+        self._tensors = {key: entry for key, entry in checkpoint.tensors.items() if MARK in key or key in notes}
         for key in self._tensors:
             del checkpoint.tensors[key]
 
@@ -156,11 +154,15 @@ class ReadyStore:
         experts = self.manifest.experts[module]
         sizes = (layout.num_experts, layout.hidden_size, layout.intermediate_size, layout.gated, layout.biased)
         stored = (
-            experts.num_experts, experts.hidden_size, experts.intermediate_size, experts.gated, experts.biased,
+            experts.num_experts,
+            experts.hidden_size,
+            experts.intermediate_size,
+            experts.gated,
+            experts.biased,
         )
         if sizes != stored:
             raise CheckpointError(
-                f"{self.folder / MANIFEST}: the experts of {module} are (number, hidden size, intermediate size, gated, "
+                f"{self.folder / MANIFEST}: the experts of {module} are (number, hidden, intermediate size, gated, "
                 f"biased) {stored}, those of the model {sizes}"
             )
         used.add(note_key(module, layout))

@@ -13,7 +13,8 @@ from kt_sft.loading.ready.reading import check_headers
 
 def total_bytes(manifest: Manifest) -> int:
     """What there is to be read."""
-    return sum(file.bytes for file in (*manifest.files.values(), *manifest.others.values()))
+    files, others = manifest.files.values(), manifest.others.values()
+    return sum(file.bytes for file in files) + sum(file.bytes for file in others)
 
 
 def verify_store(folder: Path, manifest: Manifest, threads: int, advance: Advance = nothing) -> list[str]:

@@ -1,7 +1,7 @@
 """Writes a ready store: file by file, each complete or not there, so that a killed run goes on where it was.
 
-All is made in `TARGET.incomplete`: files in `store`, and beside them a record of each that is complete, with its hashes.
-The last step renames `store` to the target.
+All is made in `TARGET.incomplete`: files in `store`, and beside them a record of each that is complete, with its
+hashes. The last step renames `store` to the target.
 """
 
 from __future__ import annotations
@@ -158,7 +158,9 @@ class StoreWriter:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
-                raise ConfigError(f"kt_sft: another process is writing {self._target}; wait until it has ended") from error
+                raise ConfigError(
+                    f"kt_sft: another process is writing {self._target}; wait until it has ended"
+                ) from error
             yield
 
     def _record_of(self, file: PlannedFile) -> Path:
@@ -197,9 +199,7 @@ class StoreWriter:
         header, offsets = file.header, file.offsets()
         places = {tensor.key: (offsets[tensor.key], tensor.nbytes) for tensor in file.tensors}
         hashes = hash_tensors(path, places, self._threads)
-        tensors = {
-            tensor.key: StoredTensor(tensor.dtype, tensor.shape, hashes[tensor.key]) for tensor in file.tensors
-        }
+        tensors = {tensor.key: StoredTensor(tensor.dtype, tensor.shape, hashes[tensor.key]) for tensor in file.tensors}
         return StoredFile(path.stat().st_size, hash_span(path, 0, len(header)), tensors)
 
     def _write_file(self, file: PlannedFile, path: Path) -> float:
