@@ -271,7 +271,8 @@ class KTQuantizer(HfQuantizer):
             dense = sum(value.nbytes for value in model.parameters() if id(value) not in taken)
         each, together = (dense, experts) if self._loader.sharers > 1 else (dense + experts, 0)
         what, processes = f"the experts of {len(plans)} layers", local_rank_and_size()[1]
-        scales = sum(scales_bytes(plan.layout, self._storages[plan.name]) for plan in plans)
+        held = () if self._ready else plans  # a ready store's scales are mapped like its codes
+        scales = sum(scales_bytes(plan.layout, self._storages[plan.name]) for plan in held)
         beside = "the weights beside the experts" + (", and the experts' scales" if scales else "")
         return decide_mapped(
             plans,

@@ -186,7 +186,7 @@ class TestAsAModelPath:
         with caplog.at_level(logging.INFO, "kt_sft"):
             model = load(store)
         assert all(one.mapped for one in stores(model))
-        assert "int4, 20.2 KiB mapped" in caplog.text
+        assert "int4, 20.5 KiB mapped" in caplog.text
 
     def test_a_recipe_trains_on_it(self, store: Path, write_recipe: Callable[..., Path], tmp_path: Path) -> None:
         changes = {"model_name_or_path": str(store), "lora_target": "all", "max_steps": 2, "save_steps": 2}
@@ -234,6 +234,6 @@ class TestAsAModelPath:
     def test_of_another_model_it_is_refused(self, store: Path, tmp_path: Path) -> None:
         other = Path(shutil.copytree(store, tmp_path / "other"))
         config = json.loads((other / "config.json").read_text())
-        (other / "config.json").write_text(json.dumps(config | {"num_experts": 4}))
+        (other / "config.json").write_text(json.dumps(config | {"moe_intermediate_size": 16}))
         with pytest.raises(CheckpointError, match=r"kt_sft_store\.json: the experts of model\.layers\.0\.mlp\.experts"):
             load(other)

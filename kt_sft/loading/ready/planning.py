@@ -18,7 +18,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 
 import kt_sft
 from kt_sft.config import ConfigError, KTConfig
-from kt_sft.engine.store import OWN_SCALES
+from kt_sft.engine.geometry import default_group
 from kt_sft.engine.stored import part_bytes, stored_parts
 from kt_sft.loading.checkpoint import Checkpoint, TensorEntry
 from kt_sft.loading.errors import CheckpointError
@@ -223,8 +223,8 @@ def checkpoint_files(folder: Path) -> list[str]:
 
 def _stored_experts(plan: ModulePlan, storage: dict[str, Any]) -> StoredExperts:
     layout, group = plan.layout, storage["group_size"]
-    if group is None and storage["expert_format"] in OWN_SCALES:
-        group = OWN_SCALES[storage["expert_format"]][1]  # said, so that asking for it is asking for what there is
+    if group is None:
+        group = default_group(storage["expert_format"])  # said, so that asking for it is asking for what there is
     return StoredExperts(
         layout.num_experts,
         layout.hidden_size,

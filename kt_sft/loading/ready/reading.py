@@ -21,7 +21,7 @@ from kt_sft.loading.mapping import MatrixRead, MatrixView, ModulePlan, check_rou
 from kt_sft.loading.ready.hashing import hash_span
 from kt_sft.loading.ready.manifest import MANIFEST, METHOD, Manifest, StoredExperts, StoredFile, read_manifest
 from kt_sft.loading.ready.names import MARK, bias_key, note_key, part_key
-from kt_sft.loading.sources.entries import STORED_DTYPES, QuantisedEntry, Rows, read_span
+from kt_sft.loading.sources.entries import STORED_DTYPES, CodesInFile, QuantisedEntry, Rows, read_span
 
 
 @dataclass(frozen=True)
@@ -53,20 +53,13 @@ class StoredEntry(QuantisedEntry):
         count = math.prod(entry.shape[1:])
         return read_span(entry, expert * count, count).reshape(entry.shape[1:])
 
-    def put(self, store: LayerStore, read: MatrixRead, rows: Rows) -> None:
-        """Reads codes and scales into their place."""
-        scales = self.scales("scales", rows.matrix)
-        assert scales is not None
-        codes = self.parts["codes"]
-        store.read_codes(
-            read.matrix,
-            read.expert,
-            path=codes.path,
-            offset=self.place("codes", rows.matrix),
-            row_stride=codes.shape[2] * STORED_DTYPES[codes.dtype_name].itemsize,
-            scales=scales,
-            zero_points=self.scales("zeros", rows.matrix),
-        )
+    def in_file(self, rows: Rows) -> CodesInFile:
+        """Where the codes lie; reads the scales."""
+        codes, expert = self.parts["codes"], rows.matrix
+        stride = codes.shape[2] * STORED_DTYPES[codes.dtype_name].itemsize
+        offset = self.place("codes", expert) + rows.start * stride
+        scales, zeros = self.scales("scales", expert), self.scales("zeros", expert)
+        return CodesInFile(codes.path, offset, rows.step * stride, scales, zeros)
 
     def map(self, store: LayerStore, read: MatrixRead, file: Any) -> None:
         """Lets a mapped store have one expert's matrix where it lies.
