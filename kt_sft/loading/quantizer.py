@@ -123,9 +123,7 @@ class KTQuantizer(HfQuantizer):
             raise ConfigError("kt_sft: experts are loaded from safetensors files; a state_dict cannot be given instead")
         path = model.config.name_or_path
         checkpoint = Checkpoint(checkpoint_files, path if path and os.path.isdir(path) else None)
-        ready = ReadyStore(checkpoint) if self._ready else None
-        if ready is not None:
-            self._source = ready.quantization
+        ready = ReadyStore(checkpoint, self._source) if self._ready else None
         if self._source is not None:
             checkpoint.tensors = fold_tensors(checkpoint.tensors, self._source)
         key_mapping = getattr(self._config, "key_mapping", None)

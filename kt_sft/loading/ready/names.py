@@ -12,9 +12,9 @@ MARK = ".kt_sft_"
 NOTE = "a ready store of kt_sft: its experts are codes and scales that only kt_sft reads; load it with a kt_sft block"
 
 
-def part_key(module: str, matrix: str, part: str) -> str:
-    """Codes, scales or zero points of one matrix of all experts."""
-    return f"{module}.{matrix}{MARK}{part}"
+def part_key(module: str, matrix: str, expert_format: str, part: str) -> str:
+    """Codes, scales or zero points of one matrix of all experts; the codes of several formats look alike otherwise."""
+    return f"{module}.{matrix}{MARK}{expert_format}_{part}"
 
 
 def bias_key(module: str, name: str) -> str:

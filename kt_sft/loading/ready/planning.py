@@ -276,7 +276,12 @@ def _expert_tensors(plan: ModulePlan, experts: StoredExperts) -> list[PlannedTen
         for part, (dtype, shape) in stored_parts(*experts.shape(matrix), experts.storage).items():
             shape_EXX = (experts.num_experts, *shape)
             found.append(
-                PlannedTensor(part_key(plan.name, matrix, part), dtype, shape_EXX, part_bytes(dtype, shape_EXX))
+                PlannedTensor(
+                    part_key(plan.name, matrix, experts.expert_format, part),
+                    dtype,
+                    shape_EXX,
+                    part_bytes(dtype, shape_EXX),
+                )
             )
     for name, bias in (("gate_up", plan.gate_up_bias), ("down", plan.down_bias)):
         if bias is not None:

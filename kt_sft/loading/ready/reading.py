@@ -100,26 +100,26 @@ class ReadyStore:
 
     Args:
         checkpoint: Its files. What is of the experts is taken out of `checkpoint.tensors`; the rest is an ordinary
-            checkpoint, quantised as `quantization` says.
+            checkpoint.
+        quantization: The `quantization_config` of the source, which the rest still follows, as config.json has it.
 
     Raises:
         CheckpointError: A file or tensor is missing, surplus, or not as the manifest says.
     """
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, quantization: Mapping[str, Any] | None) -> None:
         self.folder = Path(checkpoint.files[0]).parent
         self.manifest = read_manifest(self.folder)
+        if self.manifest.source.get("quantization") != quantization:
+            raise CheckpointError(
+                f"{self.folder / 'config.json'}: says another quantization_config of the source than {MANIFEST} beside "
+                "it; put back the one that `kt-sft quantize` wrote"
+            )
         check_headers(self.folder, self.manifest, [Path(file).name for file in checkpoint.files])
         notes = {f"{module}.{name}" for module in self.manifest.experts for name in ("gate_up_proj", "up_proj")}
         self._tensors = {key: entry for key, entry in checkpoint.tensors.items() if MARK in key or key in notes}
         for key in self._tensors:
             del checkpoint.tensors[key]
-
-    @property
-    def quantization(self) -> dict[str, Any] | None:
-        """The `quantization_config` of the source, which the dense part still follows."""
-        found: dict[str, Any] | None = self.manifest.source.get("quantization")
-        return found
 
     def plan(
         self,
@@ -183,7 +183,9 @@ class ReadyStore:
         except (ValueError, KeyError, ZeroDivisionError) as error:
             raise CheckpointError(f"{self.folder / MANIFEST}: {module} has no possible format ({error})") from error
         parts = {
-            part: self._tensor(part_key(module, matrix, part), dtype, (experts.num_experts, *shape), used)
+            part: self._tensor(
+                part_key(module, matrix, experts.expert_format, part), dtype, (experts.num_experts, *shape), used
+            )
             for part, (dtype, shape) in wanted.items()
         }
         codes = parts["codes"]

@@ -233,6 +233,7 @@ class StoreWriter:
         total = sum(entry.nbytes for entry in plan.stored().values())
         biases = sum(bias.nbytes for bias in (plan.gate_up_bias, plan.down_bias) if bias is not None)
         share = (total - biases) // max(1, len(plan.reads))
+        expert_format = self._plan.experts[plan.name].expert_format
 
         def work(read: MatrixRead) -> None:
             store = self._one_expert(plan)
@@ -240,7 +241,7 @@ class StoreWriter:
             self._fill(read, store, plan)
             errors[read.matrix, read.expert] = store.error
             for part, data in copy_stored(store, read.matrix, 0).items():
-                place = offsets[part_key(plan.name, read.matrix, part)]
+                place = offsets[part_key(plan.name, read.matrix, expert_format, part)]
                 _write_all(descriptor, data.numpy(), place + read.expert * data.numel())
             self._advance(share)
 
