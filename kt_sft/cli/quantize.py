@@ -31,6 +31,11 @@ def quantize(
         int | None, typer.Option(min=0, help="Weights that share a scale; 0: a row; the format's own if not given.")
     ] = None,
     zero_point: Annotated[bool, typer.Option("--zero-point", help="Asymmetric int4.")] = False,
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(help="Texts to choose four-bit codes for (GPTQ): plain text, or a .json or .jsonl dataset."),
+    ] = None,
+    calibrate_tokens: Annotated[int, typer.Option(min=2, help="How many tokens of them.")] = 32768,
     threads: Annotated[int | None, typer.Option(min=1, help="This process's CPUs if not given.")] = None,
 ) -> None:
     """Quantise a model's experts once, to a folder that recipes and from_pretrained load from then on.
@@ -39,29 +44,38 @@ def quantize(
     """
     from kt_sft.config import ConfigError, KTConfig
     from kt_sft.engine.cpus import usable_cpus
-    from kt_sft.loading.errors import CheckpointError, UnsupportedModelError
+    from kt_sft.loading.errors import CheckpointError, NotEnoughMemoryError, UnsupportedModelError
     from kt_sft.loading.memory import readable
+    from kt_sft.loading.ready.calibration import Calibration, ErrorFeedback, capture, check_format
     from kt_sft.loading.ready.planning import plan_store
-    from kt_sft.loading.ready.writing import StoreWriter
+    from kt_sft.loading.ready.writing import StoreWriter, incomplete
 
     console = Console(stderr=True)
     try:
         config = KTConfig(expert_format=expert_format, group_size=group_size, zero_point=zero_point)
-        plan = plan_store(source, config)
+        calibration = None
+        if calibrate is not None:
+            check_format(config.stored_format)
+            calibration = Calibration(calibrate, calibrate_tokens)
+        plan = plan_store(source, config, None if calibration is None else calibration.facts())
         with _progress(console) as progress:
             task = progress.add_task("Quantising", total=plan.source_bytes, start=False)
+            work = incomplete(target) / "calibration"
             writer = StoreWriter(
                 plan,
                 target,
                 threads=threads or len(usable_cpus()),
                 advance=lambda count: progress.advance(task, count),
+                filler=None if calibration is None else ErrorFeedback(work),
             )
             if not writer.prepare():
                 typer.echo(f"{target} is complete already")
                 return
+            if calibration is not None:
+                capture(source, calibration, work)
             progress.start_task(task)
             manifest = writer.write()
-    except (ConfigError, CheckpointError, UnsupportedModelError, OSError) as error:
+    except (ConfigError, CheckpointError, UnsupportedModelError, NotEnoughMemoryError, OSError) as error:
         typer.echo(f"kt-sft quantize: {error}", err=True)
         raise typer.Exit(2) from error
     typer.echo(f"{target}: {readable(plan.nbytes)} of {readable(plan.source_bytes)}; {_summary(manifest)}")

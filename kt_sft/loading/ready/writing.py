@@ -13,7 +13,7 @@ import math
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -37,8 +37,30 @@ _CHUNK = 16 << 20
 #: Left free on the disk for everything else.
 _SPARE = 64 << 20
 
-#: Fills one matrix of a store of one expert, otherwise than from the checkpoint as it is.
-Fill = Callable[[MatrixRead, LayerStore, ModulePlan], None]
+
+def incomplete(target: Path) -> Path:
+    """Where everything of a store lies until it is complete."""
+    path = Path(os.path.realpath(target))
+    return path.with_name(f"{path.name}.incomplete")
+
+
+class Plain:
+    """Fills stores of one expert with matrices quantised as they are read; calibration does otherwise."""
+
+    def begin(self, plan: ModulePlan) -> None:
+        """Called before the matrices of a module."""
+
+    def groups(self, plan: ModulePlan) -> list[list[MatrixRead]]:
+        """The module's matrices, those that one thread is to fill together, in the order of the files."""
+        return [[read] for read in sorted(plan.reads, key=lambda read: (read.view.entry.path, read.view.offset))]
+
+    def fill(self, read: MatrixRead, store: LayerStore, plan: ModulePlan) -> None:
+        """Fills one matrix; from many threads.
+
+        Raises:
+            CheckpointError: A value is NaN or Inf, or the file ends early.
+        """
+        fill_matrix(read, store, plan, place=0)
 
 
 class StoreWriter:
@@ -49,25 +71,20 @@ class StoreWriter:
         target: The folder that appears when all is there.
         threads: At most so many work at a time.
         advance: Hears of bytes of the source that are done.
-        fill: What calibration does to matrices; None: they are quantised as they are read.
+        filler: Quantises matrices.
     """
 
     def __init__(
-        self, plan: StorePlan, target: Path, *, threads: int, advance: Advance = nothing, fill: Fill | None = None
+        self, plan: StorePlan, target: Path, *, threads: int, advance: Advance = nothing, filler: Plain | None = None
     ) -> None:
         self._plan = plan
         self._target = Path(os.path.realpath(target))
-        self._work = self._target.with_name(f"{self._target.name}.incomplete")
+        self._work = incomplete(target)
         self._store = self._work / "store"
         self._threads = threads
         self._advance = advance
-        self._fill: Fill = fill if fill is not None else _fill_plain
+        self._filler = filler if filler is not None else Plain()
         self._local = threading.local()
-
-    @property
-    def work_folder(self) -> Path:
-        """Where everything lies until it is complete."""
-        return self._work
 
     def prepare(self) -> bool:
         """Looks, before any work, whether it can be done; False where it was done already.
@@ -235,17 +252,19 @@ class StoreWriter:
         share = (total - biases) // max(1, len(plan.reads))
         expert_format = self._plan.experts[plan.name].expert_format
 
-        def work(read: MatrixRead) -> None:
-            store = self._one_expert(plan)
-            store.adopt((0.0, 0.0))
-            self._fill(read, store, plan)
-            errors[read.matrix, read.expert] = store.error
-            for part, data in copy_stored(store, read.matrix, 0).items():
-                place = offsets[part_key(plan.name, read.matrix, expert_format, part)]
-                _write_all(descriptor, data.numpy(), place + read.expert * data.numel())
-            self._advance(share)
+        def work(reads: list[MatrixRead]) -> None:
+            for read in reads:
+                store = self._one_expert(plan)
+                store.adopt((0.0, 0.0))
+                self._filler.fill(read, store, plan)
+                errors[read.matrix, read.expert] = store.error
+                for part, data in copy_stored(store, read.matrix, 0).items():
+                    place = offsets[part_key(plan.name, read.matrix, expert_format, part)]
+                    _write_all(descriptor, data.numpy(), place + read.expert * data.numel())
+                self._advance(share)
 
-        run_all(work, sorted(plan.reads, key=lambda read: (read.view.entry.path, read.view.offset)), self._threads)
+        self._filler.begin(plan)
+        run_all(work, self._filler.groups(plan), self._threads)
         self._advance(total - biases - share * len(plan.reads))
         # In a fixed order, or the sum would depend on which thread was first.
         ordered = [errors[read.matrix, read.expert] for read in plan.reads]
@@ -303,10 +322,6 @@ class StoreWriter:
         os.replace(self._store, self._target)  # an empty folder may be there
         _sync(self._target.parent)
         return manifest
-
-
-def _fill_plain(read: MatrixRead, store: LayerStore, plan: ModulePlan) -> None:
-    fill_matrix(read, store, plan, place=0)
 
 
 def _chunks(entry: TensorEntry) -> Iterator[memoryview]:
