@@ -35,6 +35,7 @@ from kt_sft.loading.sources.entries import QuantisedEntry, read_span, storage_of
 #: Of a sequence, where the model takes so many.
 _LENGTH = 2048
 _DONE = "done.json"
+_VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tekken.json")
 #: Tokens that an expert's own moments must rest on to count as much as those of its layer (for its first matrices), or
 #: as much as inputs that have nothing to do with each other (for down).
 _PRIOR_TOKENS = 256.0
@@ -88,19 +89,29 @@ def capture(source: Path, calibration: Calibration, folder: Path) -> None:
         return
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"kt_sft: {source} has no tokenizer to calibrate with ({error})") from error
+    tokenizer = _tokenizer_of(source)
     names = read_settings(source).get("architectures") or []
     model_class = getattr(transformers, names[0], None) if names else None
     model = (model_class or transformers.AutoModelForCausalLM).from_pretrained(source, quantization_config=KTConfig())
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or _LENGTH
     sequences = token_sequences(calibration.file, tokenizer, calibration.tokens, min(_LENGTH, most))
+    known = len(model.get_input_embeddings().weight)
+    if (largest := max(int(ids.max()) for ids in sequences)) >= known:
+        raise ConfigError(f"kt_sft: the tokenizer in {source} gives token {largest}, the model has {known}")
     _record(model.eval(), sequences, folder)
     (folder / _DONE).write_text(json.dumps({"tokens": sum(ids.numel() for ids in sequences)}))
     del model
     gc.collect()
+
+
+def _tokenizer_of(source: Path) -> Any:
+    # Without a vocabulary transformers makes a tokenizer that knows nothing.
+    if not any(file.name in _VOCABULARIES or file.suffix in (".model", ".tiktoken") for file in source.iterdir()):
+        raise ConfigError(f"kt_sft: {source} has no tokenizer to calibrate with ({', '.join(_VOCABULARIES)}, ...)")
+    try:
+        return transformers.AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"kt_sft: {source}: its tokenizer cannot be read ({error})") from error
 
 
 def _record(model: transformers.PreTrainedModel, sequences: Sequence[Tensor], folder: Path) -> None:
