@@ -300,9 +300,8 @@ void BindLayer(py::module_& m) {
       .def(
           "map_stored",
           [](ExpertLayer& layer, const std::string& matrix, int64_t expert, const std::shared_ptr<FileMapping>& file,
-             int64_t codes, int64_t scales, int64_t zeros) {
-            layer.MapStored(MatrixFromName(matrix), expert, file, codes, scales, zeros);
-          },
+             int64_t codes, int64_t scales,
+             int64_t zeros) { layer.MapStored(MatrixFromName(matrix), expert, file, codes, scales, zeros); },
           py::arg("matrix"), py::arg("expert"), py::arg("file"), py::arg("codes"), py::arg("scales"), py::arg("zeros"))
       .def("written", [](const ExpertLayer& layer, const std::string& matrix,
                          int64_t expert) { return layer.written(MatrixFromName(matrix), expert); })

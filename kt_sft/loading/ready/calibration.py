@@ -95,7 +95,7 @@ def capture(source: Path, calibration: Calibration, folder: Path) -> None:
     model = (model_class or transformers.AutoModelForCausalLM).from_pretrained(source, quantization_config=KTConfig())
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or _LENGTH
     sequences = token_sequences(calibration.file, tokenizer, calibration.tokens, min(_LENGTH, most))
-    known = len(model.get_input_embeddings().weight)
+    known = model.get_input_embeddings().weight.size(0)  # type: ignore[operator]
     if (largest := max(int(ids.max()) for ids in sequences)) >= known:
         raise ConfigError(f"kt_sft: the tokenizer in {source} gives token {largest}, the model has {known}")
     _record(model.eval(), sequences, folder)
