@@ -142,3 +142,11 @@ def test_only_one_process_writes(half: Path, tiny_moe: Path) -> None:
     second = StoreWriter(plan_store(tiny_moe, KTConfig(expert_format="int4")), half, threads=1)
     with first._locked(), pytest.raises(ConfigError, match="another process is writing"):
         second.write()
+
+
+def test_a_run_that_came_to_nothing_is_in_nobodys_way(tiny_moe: Path, tmp_path: Path) -> None:
+    target = tmp_path / "store"
+    killed(tiny_moe, target, 1)
+    other = StoreWriter(plan_store(tiny_moe, KTConfig(expert_format="nf4")), target, threads=1)
+    assert other.prepare()
+    assert {experts.expert_format for experts in other.write().experts.values()} == {"nf4"}

@@ -204,7 +204,10 @@ class ErrorFeedback(Plain):
         own = (inputs * weights[:, None]).T @ inputs / weights.sum()
         prior = self._layer_moments if kind == "first" else torch.eye(len(own), device="cpu") * own.diagonal().mean()
         moments = (len(inputs) * own + _PRIOR_TOKENS * prior) / (len(inputs) + _PRIOR_TOKENS)
-        return moments, inverse_factor(moments)
+        try:
+            return moments, inverse_factor(moments)
+        except torch.linalg.LinAlgError:  # inputs that are not finite, or as good as none
+            return None, None
 
 
 def _activations(read: MatrixRead, plan: ModulePlan, inputs: Tensor) -> Tensor:

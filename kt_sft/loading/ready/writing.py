@@ -98,7 +98,7 @@ class StoreWriter:
         if not self._target.parent.is_dir():
             raise ConfigError(f"kt_sft: the folder {self._target.parent} does not exist")
         known = self._read_state()
-        if known is not None and known != self._state():
+        if known is not None and known != self._state() and self._has_begun():
             raise ConfigError(
                 f"kt_sft: {self._work} is of another run: the source, the settings or the version of kt_sft were "
                 "others; delete it to start anew, or give another target"
@@ -111,6 +111,7 @@ class StoreWriter:
                 f"kt_sft: the disk of {self._target.parent} is too small for the store: {readable(need)} needed, "
                 f"{readable(have)} free; free some, or give a target on another disk"
             )
+        self._begin()
         return True
 
     def write(self) -> Manifest:
@@ -121,9 +122,8 @@ class StoreWriter:
             CheckpointError: The source cannot be read, or holds a value that is not finite.
             OSError: The disk is full.
         """
-        self._store.mkdir(parents=True, exist_ok=True)
+        self._begin()
         with self._locked():
-            _write_text(self._work / "state.json", json.dumps(self._state()))
             files, experts = {}, {}
             for file in self._plan.files:
                 found, error = self._complete(file)
@@ -155,6 +155,20 @@ class StoreWriter:
                 "folder, or delete the store first"
             )
         return True
+
+    def _has_begun(self) -> bool:
+        """Whether there is something of a run before that would be lost."""
+        return any(self._work.glob("*.safetensors.json")) or any(self._work.glob("*/done.json"))
+
+    def _begin(self) -> None:
+        """Says, before anything else is there, what the folder is for."""
+        self._store.mkdir(parents=True, exist_ok=True)
+        with self._locked():
+            if self._read_state() != self._state():
+                for folder in (self._store, self._work / "calibration"):
+                    shutil.rmtree(folder, ignore_errors=True)
+                self._store.mkdir()
+                _write_text(self._work / "state.json", json.dumps(self._state()))
 
     def _state(self) -> dict[str, Any]:
         identity = [list(one) for one in self._plan.identity]
