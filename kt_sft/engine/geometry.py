@@ -24,7 +24,7 @@ def row_bytes(expert_format: str, columns: int) -> int:
 
 def default_group(expert_format: str) -> int | None:
     """Columns that share a scale where nothing else is said; None for a format without scales."""
-    return _GROUPS[expert_format][0] if expert_format in _GROUPS else None
+    return OWN_SCALES[expert_format][1] if expert_format in OWN_SCALES else None
 
 
 def scales_shape(expert_format: str, group_size: int | None, shape: tuple[int, int]) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kt_sft.engine.geometry import SCALE_DTYPES, row_bytes, scales_shape
+from kt_sft.engine.geometry import OWN_SCALES, row_bytes, scales_shape
 from kt_sft.engine.store import LayerStore
 
 #: Names of dtypes in safetensors headers. Two codes of four bits are a byte.
@@ -31,10 +31,10 @@ def stored_parts(rows: int, columns: int, storage: Mapping[str, Any]) -> dict[st
     name = storage["expert_format"]
     code_columns = columns if name in _CODES else row_bytes(name, columns)
     parts = {"codes": (_CODES.get(name, "U8"), (rows, code_columns))}
-    if name not in SCALE_DTYPES:
+    if name not in OWN_SCALES:
         return parts
     shape = scales_shape(name, storage["group_size"], (rows, columns))
-    parts["scales"] = (_SCALES[storage.get("scale_dtype") or SCALE_DTYPES[name]], shape)
+    parts["scales"] = (_SCALES[storage.get("scale_dtype") or OWN_SCALES[name][0]], shape)
     if storage["zero_point"]:
         parts["zeros"] = ("U8", shape)
     return parts

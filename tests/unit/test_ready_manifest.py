@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import random
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -72,15 +73,8 @@ def read(store: Path, model: Any) -> list[ModulePlan]:
 
 @pytest.fixture
 def damaged(store: Path, tmp_path: Path) -> Path:
-    """A store whose files are those of `store`, to damage some of them."""
-    for file in store.iterdir():
-        (tmp_path / file.name).symlink_to(file)
-    return tmp_path
-
-
-def replace(folder: Path, name: str, content: bytes) -> None:
-    (folder / name).unlink()
-    (folder / name).write_bytes(content)
+    """A copy of `store` to damage."""
+    return Path(shutil.copytree(store, tmp_path / "damaged"))
 
 
 def check(folder: Path, store: Path, model: Any) -> bool:
@@ -137,7 +131,7 @@ def test_manifests_that_were_forged(seed: int, damaged: Path, store: Path, model
         changed = copy.deepcopy(manifest)
         for _ in range(generator.randint(1, 3)):
             mutate(changed, generator)
-        replace(damaged, MANIFEST, sealed(changed))
+        (damaged / MANIFEST).write_bytes(sealed(changed))
         refused += check(damaged, store, model)
     assert refused > 0  # what is not is without effect: a name, a hash of content
 
@@ -159,7 +153,7 @@ def test_bytes_that_were_damaged(seed: int, name: str, damaged: Path, store: Pat
             del changed[start : start + generator.randint(1, 9)]
         else:
             changed[start:start] = generator.randbytes(generator.randint(1, 9))
-        replace(damaged, name, bytes(changed))
+        (damaged / name).write_bytes(bytes(changed))
         refused = check(damaged, store, model)
         assert refused or name == MANIFEST  # white space between the values of JSON
 
@@ -175,6 +169,6 @@ def test_it_comes_out_as_it_went_in(store: Path) -> None:
 
 def test_one_of_another_version_is_refused(damaged: Path, store: Path) -> None:
     manifest = json.loads((store / MANIFEST).read_text())
-    replace(damaged, MANIFEST, sealed(manifest | {"version": 2}))
+    (damaged / MANIFEST).write_bytes(sealed(manifest | {"version": 2}))
     with pytest.raises(CheckpointError, match=r"it has version 2, this kt_sft reads 1; make the store again"):
         read_manifest(damaged)

@@ -144,7 +144,7 @@ def plan_store(source: Path, config: KTConfig, calibration: dict[str, Any] | Non
     layouts = find_experts(model)
     if not layouts:
         raise ConfigError(f"kt_sft: {type(model).__name__} in {source} has no routed experts to quantise")
-    checkpoint = Checkpoint(checkpoint_files(source))
+    checkpoint = Checkpoint(checkpoint_files(source), source)
     plain = dict(checkpoint.tensors)
     if quantization is not None:
         checkpoint.tensors = fold_tensors(checkpoint.tensors, quantization)

@@ -22,7 +22,7 @@ import kt_sft
 from kt_sft.config import ConfigError
 from kt_sft.engine.store import LayerStore
 from kt_sft.engine.stored import copy_stored
-from kt_sft.loading.checkpoint import Checkpoint, TensorEntry
+from kt_sft.loading.checkpoint import TensorEntry, identity_of
 from kt_sft.loading.errors import CheckpointError
 from kt_sft.loading.mapping import MatrixRead, ModulePlan
 from kt_sft.loading.memory import readable
@@ -304,7 +304,7 @@ class StoreWriter:
 
     def _finish(self, files: dict[str, StoredFile], experts: dict[str, Any]) -> Manifest:
         plan = self._plan
-        if Checkpoint([path for path, _, _ in plan.identity]).identity() != plan.identity:
+        if identity_of(path for path, _, _ in plan.identity) != plan.identity:
             raise CheckpointError(
                 f"{plan.source}: the checkpoint has changed while it was read; delete {self._work} and start anew"
             )
