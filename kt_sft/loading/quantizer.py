@@ -30,7 +30,7 @@ from kt_sft.loading.memory import experts_bytes, not_enough, require_bytes, scal
 from kt_sft.loading.merging import merge_saved, merged_changes
 from kt_sft.loading.processes import Loader, loader_for
 from kt_sft.loading.ready.manifest import NOT_SAVED
-from kt_sft.loading.ready.reading import ReadyStore, is_store
+from kt_sft.loading.ready.reading import ReadyStore, dense_quantization, is_store
 from kt_sft.loading.saving import check_target, keep_quantization, state_with_experts
 from kt_sft.loading.sharing import publish_store, shared_store
 from kt_sft.loading.sources.dense import DenseWeight, load_dense, plan_dense, set_aside
@@ -58,11 +58,9 @@ class KTQuantizer(HfQuantizer):
         self._config = quantization_config
         self.pre_quantized = False  # the checkpoint's own dtypes apply to everything but the experts
         #: The checkpoint's own `quantization_config`, if it is quantised.
-        self._source: dict[str, Any] | None = getattr(quantization_config, "source_quantization", None)
-        #: The checkpoint is a ready store; `_source` is then what its dense part still is.
-        self._ready = is_store(self._source)
-        if self._ready and self._source is not None:
-            self._source = self._source.get("source_quantization")
+        found: dict[str, Any] | None = getattr(quantization_config, "source_quantization", None)
+        #: Whether the checkpoint is a ready store; `_source` is then that of its dense part.
+        self._ready, self._source = is_store(found), dense_quantization(found)
         self._plans: list[ModulePlan] = []
         self._storages: dict[str, dict[str, Any]] = {}
         self._dense: list[DenseWeight] = []

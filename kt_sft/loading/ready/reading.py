@@ -95,6 +95,16 @@ def is_store(quantization: Mapping[str, Any] | None) -> bool:
     return quantization is not None and quantization.get("quant_method") == METHOD
 
 
+def dense_quantization(quantization: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """What the tensors beside experts follow, of a checkpoint with this `quantization_config`."""
+    if quantization is None:
+        return None
+    found: dict[str, Any] | None = (
+        quantization.get("source_quantization") if is_store(quantization) else dict(quantization)
+    )
+    return found
+
+
 class ReadyStore:
     """A ready store whose files and manifest fit each other.
 
