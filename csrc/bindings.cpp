@@ -280,6 +280,21 @@ void BindLayer(py::module_& m) {
           },
           py::arg("matrix"), py::arg("expert"), py::arg("path"), py::arg("offset"), py::arg("row_stride"),
           py::arg("scales"), py::arg("zeros"))
+      .def(
+          "copy_stored",
+          [](const ExpertLayer& layer, const std::string& matrix, int64_t expert, uintptr_t codes, uintptr_t scales,
+             uintptr_t zeros) {
+            const Matrix which = MatrixFromName(matrix);
+            const py::gil_scoped_release release;
+            layer.CopyStored(which, expert, Pointer<uint8_t>(codes), Pointer<uint8_t>(scales), Pointer<uint8_t>(zeros));
+          },
+          py::arg("matrix"), py::arg("expert"), py::arg("codes"), py::arg("scales"), py::arg("zeros"))
+      .def(
+          "map_stored",
+          [](ExpertLayer& layer, const std::string& matrix, int64_t expert, const std::shared_ptr<FileMapping>& file,
+             int64_t codes, int64_t scales,
+             int64_t zeros) { layer.MapStored(MatrixFromName(matrix), expert, file, codes, scales, zeros); },
+          py::arg("matrix"), py::arg("expert"), py::arg("file"), py::arg("codes"), py::arg("scales"), py::arg("zeros"))
       .def("written", [](const ExpertLayer& layer, const std::string& matrix,
                          int64_t expert) { return layer.written(MatrixFromName(matrix), expert); })
       .def("dequantize",

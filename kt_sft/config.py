@@ -15,6 +15,8 @@ from typing import Any
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 QUANT_METHOD = "kt_sft"
+#: What the config.json of a ready store has: another name, for what to do with a store is not in it.
+STORE_METHOD = "kt_sft_store"
 
 #: Instruction tiers, lowest first. `KT_SFT_ISA` takes one of these and can only lower what the CPU offers.
 TIERS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
@@ -230,6 +232,22 @@ class KTConfig(QuantizationConfigMixin):
                 f"kt_sft: group_size must be 0 (one scale per row) or a power of two from {LEAST_GROUP} to "
                 f"{MOST_GROUP}, got {group}"
             )
+
+
+class StoreOnItsOwn(QuantizationConfigMixin):
+    """Stands for a ready store that somebody loads without saying that kt_sft is to run it."""
+
+    @classmethod
+    def from_dict(cls, *args: Any, **kwargs: Any) -> Any:
+        """Refuses.
+
+        Raises:
+            ConfigError: Always; says what is missing.
+        """
+        raise ConfigError(
+            "kt_sft: this model is a ready store, made by `kt-sft quantize`, which only kt_sft reads; pass "
+            "quantization_config=kt_sft.KTConfig() to from_pretrained, or add `kt_sft: {}` to the recipe"
+        )
 
 
 def requested_tier() -> str | None:

@@ -111,6 +111,15 @@ class ExpertLayer {
   // The same with codes from a file, from byte `offset` on; `layout.codes` is not looked at.
   void ReadCodes(Matrix matrix, int64_t expert, const std::string& path, int64_t offset, const SourceCodes& layout);
 
+  // One matrix as it is stored, each part without gaps: codes row by row, scales and zero points as in SourceCodes.
+  // Those that the layer does not have are not looked at.
+  void CopyStored(Matrix matrix, int64_t expert, uint8_t* codes, uint8_t* scales, uint8_t* zeros) const;
+  // Takes one matrix for what lies in a file just as CopyStored gives it, from these bytes on. Nothing is read. Throws
+  // std::invalid_argument where it does not lie in the file, or BF16 rows not at an even byte, and std::logic_error for
+  // a layer with memory.
+  void MapStored(Matrix matrix, int64_t expert, std::shared_ptr<const FileMapping> file, int64_t codes, int64_t scales,
+                 int64_t zeros);
+
   bool written(Matrix matrix, int64_t expert) const {
     return written_[Index(matrix, expert)].load(std::memory_order_acquire) != 0;
   }

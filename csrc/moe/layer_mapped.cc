@@ -46,6 +46,10 @@ void ExpertLayer::ReadAhead() const {
     if (view.rows == nullptr) continue;
     ranges.emplace_back(view.rows,
                         view.rows + (rows(matrix) - 1) * view.row_stride + storage_.row_bytes(columns(matrix)));
+    const int64_t bands = CeilDiv(rows(matrix), view.group_rows);
+    if (mapped_scales_[i] != nullptr) continue;
+    if (view.scales != nullptr) ranges.emplace_back(view.scales, view.scales + bands * view.scale_stride);
+    if (view.zeros != nullptr) ranges.emplace_back(view.zeros, view.zeros + bands * view.zero_stride);
   }
   std::sort(ranges.begin(), ranges.end());
   // Matrices that lie side by side, or row by row among each other, are read as one.

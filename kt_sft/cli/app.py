@@ -13,6 +13,7 @@ from kt_sft.cli.compare import compare
 from kt_sft.cli.convert_adapter import convert_adapter
 from kt_sft.cli.migrate import migrate
 from kt_sft.cli.plan import plan
+from kt_sft.cli.quantize import quantize, verify
 from kt_sft.cli.shapes import MODELS, ShapeError
 
 app = typer.Typer(
@@ -27,6 +28,8 @@ app.command()(compare)
 app.command()(convert_adapter)
 app.command()(migrate)
 app.command()(plan)
+app.command()(quantize)
+app.command()(verify)
 
 
 @app.command()

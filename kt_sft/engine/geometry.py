@@ -22,6 +22,11 @@ def row_bytes(expert_format: str, columns: int) -> int:
     return (columns * _BITS[expert_format] + 7) // 8
 
 
+def default_group(expert_format: str) -> int | None:
+    """Columns that share a scale where nothing else is said; None for a format without scales."""
+    return OWN_SCALES[expert_format][1] if expert_format in OWN_SCALES else None
+
+
 def scales_shape(expert_format: str, group_size: int | None, shape: tuple[int, int]) -> tuple[int, int]:
     """(rows of scales, groups) of a matrix.
 

@@ -25,6 +25,7 @@ from kt_sft.integrations.host_memory import check_parallel, check_training
 from kt_sft.integrations.memory_check import check_before_loading, remember_setup
 from kt_sft.integrations.peft import target_parameters
 from kt_sft.integrations.peft_configs import trained_dropout
+from kt_sft.integrations.ready_stores import check_export
 
 
 class Absent(enum.Enum):
@@ -127,6 +128,7 @@ def check_parsed_arguments(parser: ModuleType) -> None:
         model_args, _, finetuning_args, _ = parsed
         if config_of(model_args) is not None:
             _check_finetuning_arguments(finetuning_args)
+            check_export(model_args)
         return parsed
 
     mark_found(parser)

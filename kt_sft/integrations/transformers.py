@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
-from kt_sft.config import QUANT_METHOD, KTConfig
+from kt_sft.config import QUANT_METHOD, STORE_METHOD, KTConfig, StoreOnItsOwn
 
 
 def register(auto: ModuleType) -> None:
@@ -23,6 +23,8 @@ def register(auto: ModuleType) -> None:
     if QUANT_METHOD in auto.AUTO_QUANTIZER_MAPPING:
         return
     auto.register_quantization_config(QUANT_METHOD)(KTConfig)
+    # transformers goes on without the quantization_config of a method that it does not know.
+    auto.register_quantization_config(STORE_METHOD)(StoreOnItsOwn)
     auto.register_quantizer(QUANT_METHOD)(_made_on_use(auto.HfQuantizer))
     _let_config_win(auto.AutoHfQuantizer)
 

@@ -1,6 +1,7 @@
 """Experts that stay where they are: the engine reads the rows of the checkpoint's own files.
 
-BF16 values need nothing else. Of quantised weights the codes stay in the files, and their scales are held in memory.
+BF16 values need nothing else. Of quantised weights the codes stay in the files, and their scales are held in memory,
+but for those of ready stores, which are as the engine reads them.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from kt_sft.engine.readahead import Neighbours, Reader
 from kt_sft.engine.store import LayerStore, MappedFile
 from kt_sft.loading.errors import CheckpointError, NotEnoughMemoryError
 from kt_sft.loading.mapping import MatrixRead, ModulePlan
+from kt_sft.loading.ready.reading import StoredEntry
 from kt_sft.loading.sources.entries import CodesInFile, QuantisedEntry, keeps
 
 logger = logging.getLogger("kt_sft")
@@ -105,13 +107,14 @@ def map_files(work: Sequence[tuple[ModulePlan, LayerStore]]) -> None:
         for read in plan.reads:
             entry = read.view.entry
             try:
+                if isinstance(entry, StoredEntry):
+                    entry.map(store, read, _mapping(files, entry.path))
+                    continue
                 rows = _rows_in_file(read)
-                if rows.path not in files:
-                    files[rows.path] = MappedFile(rows.path)
                 store.map_file(
                     read.matrix,
                     read.expert,
-                    file=files[rows.path],
+                    file=_mapping(files, rows.path),
                     offset=rows.offset,
                     row_stride=rows.row_stride,
                     scales=rows.scales,
@@ -126,6 +129,12 @@ def map_files(work: Sequence[tuple[ModulePlan, LayerStore]]) -> None:
     layers, reader = [store.native for _, store in work], Reader()
     for place, (_, store) in enumerate(work):
         store.neighbours = Neighbours(layers, place, reader)
+
+
+def _mapping(files: dict[str, Any], path: str) -> Any:
+    if path not in files:
+        files[path] = MappedFile(path)
+    return files[path]
 
 
 def _rows_in_file(read: MatrixRead) -> CodesInFile:

@@ -121,6 +121,22 @@ def plan_experts(
     return [_plan_module(name, layout, feeds) for name, layout in layouts.items()]
 
 
+def check_routers(
+    model: nn.Module, layouts: Mapping[str, ExpertLayout], checkpoint: Checkpoint, conversions: Sequence[Any]
+) -> None:
+    """Refuses a checkpoint of everything but the experts that lacks a weight of a block around them.
+
+    Raises:
+        CheckpointError: It does, or has weights of experts.
+    """
+    feeds, others = _collect(model, layouts, checkpoint, conversions)
+    for name, feed in feeds.items():
+        for tensors in feed.tensors.values():
+            entry = next(iter(tensors.values()))
+            raise CheckpointError(f"{entry.path}: tensor {entry.key} feeds {name}, whose experts are stored already")
+    _check_blocks(model, layouts, others)
+
+
 def block_of(name: str) -> str:
     """The module that holds the experts `name`, and their router."""
     return name.rpartition(".")[0]

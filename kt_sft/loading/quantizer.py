@@ -30,6 +30,8 @@ from kt_sft.loading.memory import experts_bytes, not_enough, require_bytes, scal
 from kt_sft.loading.merged_record import read_record, write_record
 from kt_sft.loading.merging import merge_saved, merged_changes
 from kt_sft.loading.processes import Loader, loader_for
+from kt_sft.loading.ready.manifest import NOT_SAVED
+from kt_sft.loading.ready.reading import ReadyStore, dense_quantization, is_store
 from kt_sft.loading.saving import check_target, keep_quantization, state_with_experts
 from kt_sft.loading.sharing import publish_store, shared_store
 from kt_sft.loading.sources.dense import DenseWeight, load_dense, plan_dense, set_aside
@@ -57,7 +59,9 @@ class KTQuantizer(HfQuantizer):
         self._config = quantization_config
         self.pre_quantized = False  # the checkpoint's own dtypes apply to everything but the experts
         #: The checkpoint's own `quantization_config`, if it is quantised.
-        self._source: dict[str, Any] | None = getattr(quantization_config, "source_quantization", None)
+        found: dict[str, Any] | None = getattr(quantization_config, "source_quantization", None)
+        #: Whether the checkpoint is a ready store; `_source` is then that of its dense part.
+        self._ready, self._source = is_store(found), dense_quantization(found)
         self._plans: list[ModulePlan] = []
         self._storages: dict[str, dict[str, Any]] = {}
         self._dense: list[DenseWeight] = []
@@ -108,7 +112,7 @@ class KTQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, device_map: Any = None, **kwargs: Any
     ) -> PreTrainedModel:
         layouts = find_experts(model)
-        if not layouts and self._source is not None:
+        if not layouts and (self._ready or self._source is not None):
             raise ConfigError(
                 f"kt_sft: {type(model).__name__} has no routed experts, and kt_sft reads quantised checkpoints only of "
                 "models that have some; leave kt_sft out for this one"
@@ -120,11 +124,13 @@ class KTQuantizer(HfQuantizer):
         path = model.config.name_or_path
         checkpoint = Checkpoint(checkpoint_files, path if path and os.path.isdir(path) else None)
         self._merged_before = read_record(Path(checkpoint_files[0]).parent)
+        ready = ReadyStore(checkpoint, self._source) if self._ready else None
         if self._source is not None:
             checkpoint.tensors = fold_tensors(checkpoint.tensors, self._source)
         key_mapping = getattr(self._config, "key_mapping", None)
         conversions = get_model_conversion_mapping(model, key_mapping, self)
-        self._plans = plan_experts(model, layouts, checkpoint, conversions)
+        planned = ready.plan if ready is not None else plan_experts
+        self._plans = planned(model, layouts, checkpoint, conversions)
         self._storages = {plan.name: resolve_storage(plan, self._config) for plan in self._plans}
         for storage in self._storages.values():
             self._config.check_compute(storage["expert_format"])
@@ -184,8 +190,11 @@ class KTQuantizer(HfQuantizer):
         """Whether what is saved of `model` is incomplete before `finish_saving`.
 
         Raises:
-            CheckpointError: An adapter on experts is attached and not merged, or only a part of the model is saved.
+            CheckpointError: An adapter on experts is attached and not merged, or only a part of the model is saved; or
+                its experts come from a ready store.
         """
+        if self._ready:
+            raise CheckpointError(f"kt_sft: {NOT_SAVED}")
         self._check_whole(model)
         return bool(merged_changes(model, self._plans)) or self._source is not None
 
@@ -273,7 +282,8 @@ class KTQuantizer(HfQuantizer):
             what += ", the weights beside them, adapters and optimizer"
         each, together = (dense, experts) if self._loader.sharers > 1 else (dense + experts, 0)
         processes = local_rank_and_size()[1]
-        scales = sum(scales_bytes(plan.layout, self._storages[plan.name]) for plan in plans)
+        held = () if self._ready else plans  # a ready store's scales are mapped like its codes
+        scales = sum(scales_bytes(plan.layout, self._storages[plan.name]) for plan in held)
         beside = "the weights beside the experts" + (", and the experts' scales" if scales else "")
         try:
             mapped = decide_mapped(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import Any
@@ -54,18 +55,27 @@ def _nbytes(read: MatrixRead) -> int:
 
 
 def _read(read: MatrixRead, store: LayerStore, plan: ModulePlan, progress: Any) -> None:
-    view = read.view
+    fill_matrix(read, store, plan)
+    progress.update(_nbytes(read))
+
+
+def fill_matrix(read: MatrixRead, store: LayerStore, plan: ModulePlan, place: int | None = None) -> None:
+    """Reads one matrix into its place in a store, or into that of the expert `place` of another store.
+
+    Raises:
+        CheckpointError: A value is NaN or Inf, or the file ends early.
+    """
+    view, there = read.view, read if place is None else dataclasses.replace(read, expert=place)
     try:
         if isinstance(view.entry, QuantisedEntry):
-            load_matrix(read, store, view.entry)
+            load_matrix(there, store, view.entry)
         else:
-            _read_plain(read, store)
+            _read_plain(there, store)
     except (ValueError, RuntimeError, OSError) as error:
         if isinstance(error, CheckpointError):
             raise
         what = f"{read.matrix} of expert {read.expert} of {plan.name}"
         raise CheckpointError(f"{view.entry.path}: tensor {view.entry.key} ({what}): {error}") from error
-    progress.update(_nbytes(read))
 
 
 def _read_plain(read: MatrixRead, store: LayerStore) -> None:

@@ -29,6 +29,7 @@ from kt_sft.loading.layout import ExpertLayout, find_experts
 from kt_sft.loading.mapped import obstacle
 from kt_sft.loading.mapping import MatrixRead, ModulePlan, plan_experts
 from kt_sft.loading.memory import experts_bytes, scales_bytes
+from kt_sft.loading.ready.reading import ReadyStore, dense_quantization, is_store
 from kt_sft.loading.sources.dense import plan_dense
 from kt_sft.loading.sources.entries import QuantisedEntry, keeps, resolve_storage
 from kt_sft.loading.sources.methods import check_method, fold_tensors
@@ -102,12 +103,15 @@ def read_model(setup: TrainingSetup) -> ModelFacts:
     """
     folder = _folder(setup.model)
     config, notes = _config(folder, setup)
-    source = getattr(config, "quantization_config", None)
+    source, stored = getattr(config, "quantization_config", None), False
     if source is not None:
         source = dict(source if isinstance(source, Mapping) else source.to_dict())
-        check_method(source)
+        stored, source = is_store(source), dense_quantization(source)
+        if source is not None:
+            check_method(source)
         del config.quantization_config
     checkpoint = Checkpoint(_files(folder))
+    ready = ReadyStore(checkpoint, source) if stored else None
     if source is not None:
         checkpoint.tensors = fold_tensors(checkpoint.tensors, source)
     model = _build(config, setup, _dtype(config, checkpoint))
@@ -117,7 +121,8 @@ def read_model(setup: TrainingSetup) -> ModelFacts:
             f"{setup.model}: {type(model).__name__} has no routed experts; kt_sft leaves such models as they are"
         )
     conversions = get_model_conversion_mapping(model, None, None)
-    plans = plan_experts(model, layouts, checkpoint, conversions)
+    planned = ready.plan if ready is not None else plan_experts
+    plans = planned(model, layouts, checkpoint, conversions)
     plan_dense(model, checkpoint.tensors, plans, conversions)  # raises where loading would
     storages = {plan.name: resolve_storage(plan, setup.settings) for plan in plans}
     return facts_of(model, plans, storages, setup, notes)
