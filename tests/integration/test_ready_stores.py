@@ -7,6 +7,7 @@ import logging
 import re
 import shutil
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ from transformers.quantizers import auto
 from kt_sft.config import STORE_METHOD, ConfigError, KTConfig
 from kt_sft.loading import memory
 from kt_sft.loading.errors import CheckpointError
+from tests.forked import forked_ranks
+from tests.pages import mappings
 
 #: kt-sft quantize's options -> what a recipe without a store would say.
 FORMATS: dict[str, dict[str, Any]] = {
@@ -237,3 +240,29 @@ class TestAsAModelPath:
         (other / "config.json").write_text(json.dumps(config | {"moe_intermediate_size": 16}))
         with pytest.raises(CheckpointError, match=r"kt_sft_store\.json: the experts of model\.layers\.0\.mlp\.experts"):
             load(other)
+
+
+def test_two_processes_have_the_stores_pages(store: Path, tmp_path: Path) -> None:
+    """Codes and scales: nothing of the experts is either process's own."""
+
+    def rank(pipe: Connection) -> None:
+        torch.set_num_threads(1)  # a forked child has none of its parent's threads
+        model = load(store, store="mapped", num_threads=1)
+        for one in stores(model):
+            one.dequantized()
+        pipe.send(None)
+        pipe.recv()  # until the other has read its pages
+        pipe.send([mappings(str(file)) for file in sorted(store.glob("*.safetensors"))[1:]])
+        pipe.recv()
+
+    with forked_ranks(port=str(tmp_path)) as start:
+        ranks = [start(rank), start(rank)]
+        for one in ranks:
+            one.hears()
+        for one in ranks:
+            one.go_on()
+        pages = [one.hears() for one in ranks]
+    for found in (fields for files in pages for places in files for fields in places.values()):
+        assert found["Rss"] >= 8  # KiB: a layer's experts are 10.25, and its file no whole number of pages
+        assert found["Anonymous"] == found["Private_Clean"] == found["Private_Dirty"] == 0
+    assert [[len(places) > 0 for places in files] for files in pages] == [[True, True], [True, True]]
