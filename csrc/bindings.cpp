@@ -4,13 +4,12 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <unistd.h>
-
 #include <memory>
 #include <optional>
 #include <tuple>
 
 #include "cpu/topology.h"
+#include "held_ticket.h"
 #include "moe/engine.h"
 #include "moe/fastest_tier.h"
 
@@ -23,64 +22,6 @@ template <class T>
 T* Pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
-
-// A ticket together with the Python objects whose memory the work uses: they go only after the work is done, and never
-// where the engine has stopped, as it may go on some day. The engine must outlive it.
-class HeldTicket {
- public:
-  HeldTicket(const Engine& engine, std::shared_ptr<Ticket> ticket, py::object held)
-      : engine_(engine), ticket_(std::move(ticket)), held_(std::move(held)) {}
-  ~HeldTicket() {  // NOLINT(bugprone-exception-escape): releasing the GIL does not throw while Python runs
-    if (getpid() != creator_) return;  // a forked child: the engine's threads are not here
-    try {
-      const py::gil_scoped_release release;
-      if (!engine_.stalled()) engine_.Wait(*ticket_);
-    } catch (...) {  // NOLINT(bugprone-empty-catch): nobody asked for the result
-    }
-    if (!ticket_->done()) held_.release();
-  }
-  HeldTicket(const HeldTicket&) = delete;
-  HeldTicket& operator=(const HeldTicket&) = delete;
-
-  // Signals are looked at meanwhile, so that Ctrl-C ends a wait for an engine that hangs.
-  void Wait(double interval, int looks) {
-    if (getpid() != creator_) {
-      throw std::runtime_error(
-          "kt_sft: a forked child has none of the threads that work on this; submit it there, or fork before");
-    }
-    const py::gil_scoped_release release;
-    engine_.Wait(*ticket_,
-                 [] {
-                   const py::gil_scoped_acquire acquire;
-                   if (PyErr_CheckSignals() != 0) throw py::error_already_set();
-                 },
-                 {std::chrono::milliseconds(static_cast<int64_t>(interval * 1000)), looks});
-  }
-  bool done() const { return ticket_->done(); }
-  std::pair<double, double> Span() const {
-    const auto [started, finished] = ticket_->span();
-    const auto seconds = [](Ticket::Clock::time_point time) {
-      return std::chrono::duration<double>(time.time_since_epoch()).count();
-    };
-    return {seconds(started), seconds(finished)};
-  }
-
- private:
-  const Engine& engine_;
-  std::shared_ptr<Ticket> ticket_;
-  py::object held_;
-  pid_t creator_ = getpid();
-};
-
-// Leaves an engine alone in a forked child, where its threads do not exist and its locks may never be released, and one
-// that has stopped, whose threads would be waited for for ever.
-struct EngineDeleter {
-  pid_t creator = getpid();
-  void operator()(Engine* engine) const {
-    if (getpid() == creator && !engine->stalled()) delete engine;
-  }
-};
-using EngineHolder = std::unique_ptr<Engine, EngineDeleter>;
 
 DType DTypeFromName(const std::string& name) {
   if (name == "float32") return DType::kF32;
@@ -338,10 +279,10 @@ void BindPass(py::class_<Engine, EngineHolder>& engine, const char* name,
         call.lora_grads = MakeLoraGradients(lora_grads);
         return std::make_unique<HeldTicket>(engine, (engine.*submit)(call), std::move(held));
       },
-      py::keep_alive<0, 1>(), py::kw_only(), py::arg("layer"), py::arg("tokens"), py::arg("slots"), py::arg("dtype"), py::arg("hidden"),
-      py::arg("experts"), py::arg("weights"), py::arg("retained"), py::arg("scratch_bytes"), py::arg("compute"),
-      py::arg("output") = 0, py::arg("output_grad") = 0, py::arg("hidden_grad") = 0, py::arg("weights_grad") = 0,
-      py::arg("lora") = py::none(), py::arg("lora_grads") = py::none(), py::arg("held"));
+      py::keep_alive<0, 1>(), py::kw_only(), py::arg("layer"), py::arg("tokens"), py::arg("slots"), py::arg("dtype"),
+      py::arg("hidden"), py::arg("experts"), py::arg("weights"), py::arg("retained"), py::arg("scratch_bytes"),
+      py::arg("compute"), py::arg("output") = 0, py::arg("output_grad") = 0, py::arg("hidden_grad") = 0,
+      py::arg("weights_grad") = 0, py::arg("lora") = py::none(), py::arg("lora_grads") = py::none(), py::arg("held"));
 }
 
 void BindEngine(py::module_& m) {
