@@ -1,7 +1,7 @@
 """What transfers need of an accelerator, through torch's device-neutral interface: streams, events, pinned memory.
 
-It has not run on a device yet. The tests that need one are in tests/integration/test_accelerator_transfers.py; all others
-use a simulated device with the same interface.
+It has not run on a device yet. The tests that need one are in tests/integration/test_accelerator_transfers.py; all
+others use a simulated device with the same interface.
 """
 
 from __future__ import annotations
