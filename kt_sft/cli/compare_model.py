@@ -127,7 +127,7 @@ def write_model(request: ModelRequest, folder: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     folder.mkdir(parents=True, exist_ok=True)
-    config = architecture(request, max(request.vocabulary or 0, _write_tokenizer(folder)))
+    config = architecture(request, max(request.vocabulary or 0, write_tokenizer(folder)))
     config.dtype = "bfloat16"
     config.architectures = None
     with torch.device("meta"):
@@ -141,7 +141,7 @@ def write_model(request: ModelRequest, folder: Path) -> None:
         if sum(part.numel() for part in shards[-1].values()) + tensor.numel() > _SHARD_WEIGHTS and shards[-1]:
             _save_shard(shards.pop(), index, folder, save_file)
             shards.append({})
-        shards[-1][name] = _random(name, tensor, generator)
+        shards[-1][name] = random_values(name, tensor, generator)
     _save_shard(shards.pop(), index, folder, save_file)
     record = {"metadata": {}, "weight_map": index}
     (folder / "model.safetensors.index.json").write_text(json.dumps(record, indent=1))
@@ -153,7 +153,7 @@ def _save_shard(shard: dict[str, Any], index: dict[str, str], folder: Path, save
     index.update(dict.fromkeys(shard, name))
 
 
-def _random(name: str, like: Any, generator: Any) -> Any:
+def random_values(name: str, like: Any, generator: Any) -> Any:
     """Norms are ones, other vectors zeros; matrices keep activations near 1, so that all layers matter to the loss."""
     import torch
 
@@ -165,7 +165,7 @@ def _random(name: str, like: Any, generator: Any) -> Any:
     return torch.empty(like.shape, dtype=torch.bfloat16).normal_(0, spread, generator=generator)
 
 
-def _write_tokenizer(folder: Path) -> int:
+def write_tokenizer(folder: Path) -> int:
     """One token a byte, and an end of text; returns how many there are."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
