@@ -11,9 +11,8 @@ For a Qwen3-MoE published in FP8 (blocks of 128 x 128, as Qwen3-FP8 and DeepSeek
 5. `llamafactory-cli export` merges the adapter into the checkpoint, in the checkpoint's own format.
 6. The exported model answers questions through the engine behind `llamafactory-cli chat`.
 
-Where this kt_sft lacks a command, its step is left out, and training reads the checkpoint itself. Everything lands in
-saves/walkthrough, with report.json and every program's log. Exit status: 0, or 1 when a step fails or a target is
-missed.
+Everything lands in saves/walkthrough, with report.json and every program's log. Exit status: 0, or 1 when a step fails
+or a target is missed.
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -77,11 +75,9 @@ def parse_options(arguments: list[str] | None) -> Options:
     return Options(**found | {"kinds": tuple(found["kinds"])})
 
 
-def kt_sft_command(name: str) -> list[str] | None:
-    """The command line of `kt-sft NAME`; None where this kt_sft has no such command."""
-    command = [str(Path(sys.executable).with_name("kt-sft")), name]
-    found = subprocess.run([*command, "--help"], cwd=REPOSITORY, capture_output=True)
-    return command if found.returncode == 0 else None
+def kt_sft_command(name: str) -> list[str]:
+    """The command line of `kt-sft NAME`."""
+    return [str(Path(sys.executable).with_name("kt-sft")), name]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,31 +127,19 @@ class Walk:
         arguments = ["--kind", self.kind, "--base", str(base), "--out", str(REPOSITORY / self.checkpoint), *steps]
         run_step("published", arguments, self.logs / "published.log")
 
-    def plan(self) -> dict[str, Any] | None:
+    def plan(self) -> dict[str, Any]:
         """What `kt-sft plan --json` says of a run on the checkpoint."""
-        command = kt_sft_command("plan")
-        if command is None:
-            self.announce("left out: this kt_sft has no `kt-sft plan`")
-            return None
         self.announce("kt-sft plan")
         recipe, log = self.write_recipe(self.checkpoint, "plan.yaml"), self.logs / "plan.log"
-        run("kt-sft plan", [*command, str(recipe), "--json"], log)
+        run("kt-sft plan", [*kt_sft_command("plan"), str(recipe), "--json"], log)
         text = log.read_text()
         return json.loads(text[text.index("{") : text.rindex("}") + 1])
 
-    def quantize(self) -> Path | None:
+    def quantize(self) -> Path:
         """A store of INT4 experts, made by `kt-sft quantize`."""
-        command = kt_sft_command("quantize")
-        if command is None:
-            self.announce("left out: this kt_sft has no `kt-sft quantize`")
-            return None
         self.announce("kt-sft quantize")
-        store = self.folder / "int4"
-        run(
-            "kt-sft quantize",
-            [*command, str(self.checkpoint), str(store), "--format", "int4"],
-            self.logs / "quantize.log",
-        )
+        store, log = self.folder / "int4", self.logs / "quantize.log"
+        run("kt-sft quantize", [*kt_sft_command("quantize"), str(self.checkpoint), str(store), "--format", "int4"], log)
         return store
 
     def train(self, model: Path) -> list[float]:
@@ -196,12 +180,12 @@ class Walk:
         self.announce("a checkpoint as it is published")
         self.publish()
         plan, store = self.plan(), self.quantize()
-        losses = self.train(store or self.checkpoint)
+        losses = self.train(store)
         merged = self.export()
         kept = json.loads((REPOSITORY / merged / "config.json").read_text()).get("quantization_config", {})
         return {
             "plan": plan,
-            "trained_on": str(store or self.checkpoint),
+            "trained_on": str(store),
             "loss_first": losses[0],
             "loss_last": losses[-1],
             "exported_as": kept.get("quant_method"),
@@ -212,15 +196,13 @@ class Walk:
 def check_targets(kind: str, report: dict[str, Any], most_loss_left: float) -> list[Target]:
     """What must hold for the walk to have arrived."""
     left = report["loss_last"] / report["loss_first"]
-    targets = [
+    return [
         Target(f"{kind}: last loss / first loss <= {most_loss_left}", left, left <= most_loss_left),
         Target(
             f"{kind}: exported in its own format", float(report["exported_as"] == kind), report["exported_as"] == kind
         ),
+        Target(f"{kind}: the plan fits", float(report["plan"]["fits"]), bool(report["plan"]["fits"])),
     ]
-    if report["plan"] is not None:
-        targets.append(Target(f"{kind}: the plan fits", float(report["plan"]["fits"]), bool(report["plan"]["fits"])))
-    return targets
 
 
 def print_report(console: Console, reports: dict[str, dict[str, Any]]) -> None:
