@@ -129,9 +129,10 @@ class Submit(torch.autograd.Function):
         ]
         output = Place(tuple(hidden_states.shape), hidden_states.dtype, hidden_states.device)
         link.crossing = cross(hidden_states.device, sources, [output])
-        link.submission = link.crossing.submit(functools.partial(link.experts.submit_forward, link))
+        with explained("forward", top_k_index.shape[0]):
+            link.submission = link.crossing.submit(functools.partial(link.experts.submit_forward, link))
         # Ties the two nodes together. Its gradient is a number, exact in float64 (see Link).
-        return torch.zeros((), dtype=torch.float64)
+        return torch.zeros((), dtype=torch.float64, device="cpu")
 
     @staticmethod
     @once_differentiable
@@ -140,9 +141,9 @@ class Submit(torch.autograd.Function):
         pending = ctx.link.backwards.pop(int(number))
         meter, idx_TK = ctx.link.experts.meter, pending.idx_TK
         asked = time.monotonic()
-        ticket = pending.submission.ticket()
-        noted = {"asked": asked, "is_backward": True, "recomputes": pending.recomputes}
         with explained("backward", idx_TK.shape[0]):
+            ticket = pending.submission.ticket()
+            noted = {"asked": asked, "is_backward": True, "recomputes": pending.recomputes}
             wait(meter, ticket, pending.submitted, idx_TK, **noted)
         x_grad, w_grad, operand_grads = pending.gradients()
         if w_grad is not None:
@@ -169,11 +170,11 @@ class Await(torch.autograd.Function):
         ctx.link = link
         asked = time.monotonic()
         try:
-            ticket = submission.ticket()
-            tensors = link.tensors
-            assert tensors is not None
-            if ticket is not None:
-                with explained("forward", tensors.idx_TK.shape[0]):
+            with explained("forward", crossing.sources[1].shape[0]):
+                ticket = submission.ticket()
+                tensors = link.tensors
+                assert tensors is not None
+                if ticket is not None:
                     wait(link.experts.meter, ticket, link.submitted, tensors.idx_TK, asked=asked)
         finally:
             link.crossing = link.submission = link.tensors = None
@@ -210,10 +211,11 @@ class Await(torch.autograd.Function):
             pre_SI = None if retained is None else retained.of(idx_TK, w_TK)
             return _submit_backward(link, pending, x_TH, w_TK, pre_SI)
 
-        pending.submission = pending.crossing.submit(submit)
+        with explained("backward", idx_TK.shape[0]):
+            pending.submission = pending.crossing.submit(submit)
         number = next(link.numbers)
         link.backwards[number] = pending
-        return torch.tensor(number, dtype=torch.float64), None
+        return torch.tensor(number, dtype=torch.float64, device="cpu"), None
 
 
 def _submit_backward(link: Link, pending: _Backward, x_TH: Tensor, w_TK: Tensor, pre_SI: Tensor | None) -> Any:

@@ -166,6 +166,7 @@ class CpuExperts(nn.Module):
             ValueError: A shape does not fit, or an adapter with dropout is not alone.
             TypeError: A dtype is not supported.
             IndexError: An index is out of range.
+            RuntimeError: `beside` wrote to `hidden_states`.
         """
         self._check_inputs(hidden_states, top_k_index, top_k_weights)
         terms = [*adapters, *([] if self.merged is None else [Term.of(self.merged)])]
@@ -177,11 +178,17 @@ class CpuExperts(nn.Module):
             adapters=grads and any(tensor.requires_grad for tensor in factors),
         )
         link = Link(self, wanted, top_k_weights.device, terms, self._operands_of(terms), self._dropout_of(terms))
+        version = None if hidden_states.is_inference() else hidden_states._version
         submitted = Submit.apply(hidden_states, top_k_index, top_k_weights, link, *factors)
         if self.beside is not None:
             self.beside(hidden_states)
         if grads:  # without them a model may be in a state of its own, as DPO's is while it is its own reference
             hand_over()  # before the node is made: kt_sft/offload/interleave.py
+        if version is not None and hidden_states._version != version:
+            raise RuntimeError(
+                "kt_sft: hidden_states were changed in place while the experts read them; let what runs beside the "
+                "experts write to a copy"
+            )
         return Await.apply(submitted, link)
 
     def count(self, kept: Tensor, owner: object) -> None:

@@ -68,8 +68,12 @@ class SimulatedDevice:
         self.streams = [self.model_stream]
         self.pinned_bytes: list[int] = []
         self.released = 0
+        self.users: list[str] = []
         self._lock = threading.RLock()
         self._current = threading.local()
+
+    def use(self) -> None:
+        self.users.append(threading.current_thread().name)
 
     def is_host(self, device: torch.device) -> bool:
         return False

@@ -108,9 +108,11 @@ class Retention:
     def _make_room(self, limit: int) -> None:
         with self._lock:
             while self.nbytes > limit and self._kept:
-                number = next(iter(self._kept))
-                retained = self._kept[number][0]()
-                self._forget(number)
+                # A collection in this thread may forget others, or this one, between any two of these lines.
+                number = min(list(self._kept), default=0)
+                kept, nbytes = self._kept.pop(number, (None, 0))
+                self.nbytes -= nbytes
+                retained = None if kept is None else kept()
                 if retained is None:
                     continue
                 retained.give_up()

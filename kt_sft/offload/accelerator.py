@@ -22,6 +22,9 @@ _LOOK = 1e-4
 class Accelerator(Protocol):
     """A device whose streams run beside the host. Streams and events are whatever it makes of them."""
 
+    def use(self) -> None:
+        """Makes it this thread's current device: a look at an event would otherwise open another one."""
+
     def is_host(self, device: torch.device) -> bool:
         """Whether tensors of `device` are the host's."""
 
@@ -75,6 +78,11 @@ class TorchAccelerator:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+
+    def use(self) -> None:
+        """As in `Accelerator`."""
+        if self.device.index is not None:
+            torch.accelerator.set_device_index(self.device.index)
 
     def is_host(self, device: torch.device) -> bool:
         """As in `Accelerator`."""

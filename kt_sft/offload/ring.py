@@ -46,6 +46,7 @@ class PinnedRing:
         self._lock = threading.RLock()  # a buffer may be freed, by its last owner, while this thread is in here
         self._idle: list[tuple[Tensor, Any]] = []  # (memory, event of the last copy from it), oldest first
         self._lent: dict[int, tuple[int, int]] = {}  # by number: bytes of the buffer, and those that were asked for
+        self._buffers: weakref.WeakValueDictionary[int, Buffer] = weakref.WeakValueDictionary()
         self._taken = 0
         self._most = self._most_before = 0  # bytes asked for at the same time, in this window and in the one before
 
@@ -53,13 +54,17 @@ class PinnedRing:
     def nbytes(self) -> int:
         """Of all buffers, those lent and those kept."""
         with self._lock:
-            return sum(has for has, _ in self._lent.values()) + sum(memory.nbytes for memory, _ in self._idle)
+            return sum(has for has, _ in list(self._lent.values())) + sum(memory.nbytes for memory, _ in self._idle)
 
     @property
     def lent(self) -> int:
         """How many buffers passes have."""
         with self._lock:
             return len(self._lent)
+
+    def lent_buffers(self) -> list[Buffer]:
+        """Those that passes have; for a forked child, so without the lock, which nobody may be there to release."""
+        return list(self._buffers.values())
 
     def take(self, nbytes: int) -> Buffer:
         """A buffer of at least that size.
@@ -79,6 +84,7 @@ class PinnedRing:
                     memory = self._accelerator.pinned(size)
             buffer = Buffer(memory, self._taken)
             self._lent[buffer.number] = memory.nbytes, size
+            self._buffers[buffer.number] = buffer
             weakref.finalize(buffer, self._forget, buffer.number).atexit = False
             self._most = max(self._most, self._in_flight())
         return buffer
@@ -92,10 +98,11 @@ class PinnedRing:
         """
         with self._lock:
             self._forget(buffer.number)
+            self._buffers.pop(buffer.number, None)
             self._idle.append((buffer.memory, event))
 
     def _in_flight(self) -> int:
-        return sum(wanted for _, wanted in self._lent.values())
+        return sum(wanted for _, wanted in list(self._lent.values()))
 
     def _forget(self, number: int) -> None:
         with self._lock:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import atexit
 import contextvars
+import ctypes
 import itertools
 import math
 import os
@@ -85,6 +86,7 @@ class Submitter:
         torch.get_num_threads()  # a thread takes over the common number when it first needs one
         torch.set_num_threads(1)
         self._is_alone.set()
+        self._accelerator.use()
         while (run := self._posted.get()) is not None:
             run()
             del run  # what it refers to must not live until the next one comes
@@ -233,10 +235,17 @@ def _stop() -> None:
         _transfers.clear()
 
 
+_parked: list[object] = []
+
+
 def _forget() -> None:
-    # A forked child has none of the threads.
+    # A forked child has none of the threads. It must not free pinned memory either, or destroy events: a device does
+    # not work in it, and an error there ends the process. So it keeps them, as does the interpreter's end.
     global _lock
     _lock = threading.Lock()
+    if _transfers:
+        _parked.append([(each, each.ring.lent_buffers()) for each in _transfers.values()])
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(_parked[-1]))
     _transfers.clear()
 
 

@@ -78,6 +78,20 @@ class TestRetention:
         assert second.pre_SI is not None
         assert kept.nbytes == 10
 
+    def test_a_collection_meanwhile_forgets_others(self) -> None:
+        """Pre-activations in cycles, freed wherever the collector happens to run."""
+        kept, before = Retention(), gc.get_threshold()
+        gc.set_threshold(5)
+        try:
+            for _ in range(3000):
+                cycle: list[object] = [kept.take(10, 50, memory, *ROUTING)]
+                cycle.append(cycle)
+        finally:
+            gc.set_threshold(*before)
+        del cycle
+        gc.collect()
+        assert kept.nbytes == 0
+
     def test_what_cannot_be_given_up_leaves_less_room(self) -> None:
         kept = Retention()
         first, second = (kept.take(4, 10, memory, *ROUTING) for _ in range(2))
