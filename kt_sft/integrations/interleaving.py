@@ -214,17 +214,33 @@ class _Held:
 
     def __init__(self, backward: Callable[..., None]) -> None:
         self._backward = backward
-        self._calls: dict[int, tuple[Tensor, dict[str, Any]]] = {}
+        self._calls: dict[int, list[tuple[Tensor, dict[str, Any]]]] = {}  # by thread
 
     def hold(self, loss: Tensor, **kwargs: Any) -> None:
         """In the place of `Accelerator.backward`."""
-        self._calls[threading.get_ident()] = loss, kwargs
+        self._calls.setdefault(threading.get_ident(), []).append((loss, kwargs))
 
     def run(self) -> None:
-        """One backward of all losses; each gets the gradient that it would get alone."""
-        calls, self._calls = list(self._calls.values()), {}
-        losses = [loss for loss, _ in calls]
-        self._backward(functools.reduce(torch.add, losses), **calls[0][1])
+        """One backward of all losses; each gets the gradient that it would get alone.
+
+        Raises:
+            RuntimeError: They do not all have the same further arguments.
+        """
+        calls, self._calls = [call for made in self._calls.values() for call in made], {}
+        if not calls:
+            return
+        given = calls[0][1]
+        for _, kwargs in calls:
+            if kwargs.keys() != given.keys() or any(
+                value is not given[key] and (isinstance(value, Tensor) or value != given[key])
+                for key, value in kwargs.items()
+            ):
+                raise RuntimeError(
+                    "kt_sft: two micro-batches at a time have one backward, but accelerator.backward was called with "
+                    f"different arguments ({', '.join(sorted(kwargs.keys() | given.keys()))}); set "
+                    "interleave_micro_batches: false"
+                )
+        self._backward(functools.reduce(torch.add, [loss for loss, _ in calls]), **given)
 
 
 @contextlib.contextmanager
@@ -304,6 +320,12 @@ def reason_to_stay_whole(trainer: Any, model: Any, inputs: Any) -> str | None:
     rows = len(inputs["input_ids"])
     if not all(isinstance(value, Tensor) and len(value) == rows for value in inputs.values()):
         return "its inputs have no common first dimension"
+    shape = inputs["input_ids"].shape
+    for key, value in inputs.items():
+        # As M-RoPE's positions, [3, B, S]: with three sequences their first dimension is that of the batch.
+        is_mask = key == "attention_mask" and value.dim() == 4 and value.shape == (rows, 1, shape[-1], shape[-1])
+        if value.shape != shape and not is_mask:
+            return f"its {key} are no rows of sequences"
     if rows < 2:
         return "it is one sequence"
     return None

@@ -97,8 +97,13 @@ def set_router_loss(trainer: transformers.Trainer, _: dict[str, Any]) -> None:
             "first dimension",
         ),
         (transformers.Trainer, lambda trainer, batch: batch.update(batch_of(1)), "one sequence"),
+        (
+            transformers.Trainer,
+            lambda trainer, batch: batch.update(batch_of(3), position_ids=torch.ones(3, 3, 6)),
+            "position_ids are no rows",
+        ),
     ],
-    ids=["loss", "smoothing", "loss function", "mean", "routers", "images", "positions", "one"],
+    ids=["loss", "smoothing", "loss function", "mean", "routers", "images", "positions", "one", "mrope of three"],
 )
 def test_what_stays_whole(
     tiny_moe: Path,

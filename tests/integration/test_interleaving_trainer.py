@@ -248,3 +248,32 @@ def train_tied(model: Any) -> None:
     base = model.get_base_model()
     base.lm_head.weight = base.model.embed_tokens.weight
     base.lm_head.weight.requires_grad_(True)
+
+
+class FakeAccelerator:
+    def __init__(self) -> None:
+        self.calls: list[dict[str, Any]] = []
+
+    def backward(self, loss: torch.Tensor, **kwargs: Any) -> None:
+        self.calls.append(kwargs)
+        loss.backward()  # type: ignore[no-untyped-call]
+
+
+def test_every_loss_of_a_step_gets_its_gradient() -> None:
+    accelerator, weight = FakeAccelerator(), torch.ones((), requires_grad=True)
+    with interleaving._held_backward(accelerator) as held:
+        accelerator.backward(weight * 1.0, tag=1)
+        accelerator.backward(weight * 10.0, tag=1)
+    held.run()
+    assert weight.grad == 11
+    assert accelerator.calls == [{"tag": 1}]
+
+
+def test_different_arguments_of_backward_are_an_error() -> None:
+    accelerator, weight = FakeAccelerator(), torch.ones((), requires_grad=True)
+    with interleaving._held_backward(accelerator) as held:
+        accelerator.backward(weight * 1.0)
+        accelerator.backward(weight * 10.0, tag=2)
+    with pytest.raises(RuntimeError, match=r"different arguments \(tag\)"):
+        held.run()
+    assert weight.grad is None
