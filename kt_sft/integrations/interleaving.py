@@ -8,6 +8,7 @@ to exchange holds for both. The step of the class itself runs, in a thread for e
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import functools
 import inspect
@@ -106,6 +107,14 @@ class _Interleaving:
     def step(self, model: Any, inputs: Any, plain: _Step) -> Tensor:
         """What the Trainer gets for a micro-batch."""
         is_last = self._trainer.accelerator.sync_gradients
+        reason = _reason_around()
+        if reason is not None:
+            self._turn_off(reason)
+            waiting, self._waiting = self._waiting if self._state is self._trainer.state else None, None
+            if waiting is None:
+                return plain(inputs)
+            others, others_plain = waiting
+            return self._reported(others_plain(others), plain(inputs))
         if not self._is_watched:
             return self._watch(model, inputs, plain, is_last)
         state = self._trainer.state  # a new one with each call of `train`: what one before has left waits for nothing
@@ -128,6 +137,8 @@ class _Interleaving:
         Interleaved, what two micro-batches draw before their first experts comes first, in the order of the batches,
         and what they draw after their last ones comes last. So either may be, but not both, and none between.
         """
+        from kt_sft.engine.retention import is_checkpointed
+
         self._is_watched = is_last
         device = self._trainer.args.device
         states = [_random_states(device)]
@@ -136,16 +147,32 @@ class _Interleaving:
             self._slots = (args[1] if len(args) > 1 else kwargs["top_k_index"]).shape[1]
             states.append(_random_states(device))
 
+        calls: collections.Counter[str] = collections.Counter()
+
+        def count(name: str, *_: Any) -> None:
+            # Only calls that give a gradient of their own: not the second one of a checkpointed piece, in backward.
+            is_recomputed = torch._C._current_graph_task_id() != -1
+            if not is_recomputed and (torch.is_grad_enabled() or is_checkpointed()):
+                calls[name] += 1
+
         handles = [experts.register_forward_pre_hook(note, with_kwargs=True) for experts in self._layers]
+        for name, part in model.named_modules():
+            if any(parameter.requires_grad for parameter in part.parameters(recurse=False)):
+                handles.append(part.register_forward_pre_hook(functools.partial(count, name)))
         try:
             loss = plain(inputs)
         finally:
             for handle in handles:
                 handle.remove()
+        repeated = next((name for name, times in calls.items() if times > 1), None)
+        if repeated is not None and not self.is_off:
+            self._turn_off(
+                f"{repeated} is trained and called more than once, so its gradient has several terms of each"
+            )
         before, *between, after = [*states, _random_states(device)]
         if not _are_same([before, after]):
             self._draws = True
-        if not (_are_same([before, *between]) or _are_same([*between, after])):
+        if not (self.is_off or _are_same([before, *between]) or _are_same([*between, after])):
             self._turn_off(f"{_what_draws(model)}, and two at a time would draw others than one after the other")
         return loss
 
@@ -269,6 +296,8 @@ def reason_against(trainer: Any, model: Any) -> str | None:
         return "a parallelism_config is set"
     if accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False):
         return "sync_each_batch is set"
+    if getattr(args, "activation_offloading", False):
+        return "activation_offloading is set, whose hooks would not see the threads of micro-batches"
     if args.torch_compile:
         return "torch_compile is set"
     if isinstance(model, DistributedDataParallel) and (model.find_unused_parameters or model.static_graph):
@@ -328,6 +357,15 @@ def reason_to_stay_whole(trainer: Any, model: Any, inputs: Any) -> str | None:
             return f"its {key} are no rows of sequences"
     if rows < 2:
         return "it is one sequence"
+    return None
+
+
+def _reason_around() -> str | None:
+    """What of this thread's state torch does not take over into the threads of micro-batches, or None."""
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        return "hooks for saved tensors are set around the Trainer's step, as for offloading activations"
+    if torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack():
+        return "a mode of torch, as a default device, is set around the Trainer's step"
     return None
 
 

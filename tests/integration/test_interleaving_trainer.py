@@ -206,12 +206,13 @@ class TestOff:
             (lambda t: setattr(t.accelerator.state, "distributed_type", "DEEPSPEED"), "DEEPSPEED has a backward"),
             (lambda t: setattr(t.args, "_n_gpu", 2), "copies the model to 2 devices"),
             (lambda t: setattr(t.args, "torch_compile", True), "torch_compile is set"),
+            (lambda t: setattr(t.args, "activation_offloading", True), "activation_offloading is set"),
             (lambda t: t.accelerator.gradient_state.plugin_kwargs.update(sync_each_batch=True), "sync_each_batch"),
             (lambda t: checkpoint_by_itself(t.model), "not torch's"),
             (lambda t: checkpoint_with_router_loss(t.model), "set use_reentrant_gc: false"),
             (lambda t: train_tied(t.model), "is trained and also"),
         ],
-        ids=["deepspeed", "data parallel", "compiled", "synchronised", "checkpointing", "routers", "tied"],
+        ids=["deepspeed", "data parallel", "compiled", "offloaded", "synchronised", "checkpointing", "routers", "tied"],
     )
     def test_where_it_cannot_be(
         self, tiny_moe: Path, tmp_path: Path, change: Callable[[Any], Any], reason: str, monkeypatch: pytest.MonkeyPatch
@@ -277,3 +278,49 @@ def test_different_arguments_of_backward_are_an_error() -> None:
     with pytest.raises(RuntimeError, match=r"different arguments \(tag\)"):
         held.run()
     assert weight.grad is None
+
+
+class WithHooks(transformers.Trainer):
+    """From its second step on, so that a micro-batch of its first is never left waiting."""
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
+            return super().training_step(*args, **kwargs)
+
+
+class WithDefaultDevice(transformers.Trainer):
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        with torch.device("cpu"):
+            return super().training_step(*args, **kwargs)
+
+
+@pytest.mark.parametrize(("kind", "reason"), [(WithHooks, "hooks for saved tensors"), (WithDefaultDevice, "a mode of")])
+def test_it_is_off_where_torch_has_state_of_the_thread(
+    tiny_moe: Path, tmp_path: Path, kind: Any, reason: str, events: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "kt_sft"):
+        trainer_of(load(tiny_moe, True), tmp_path, kind=kind, steps=2)[0].train()
+    assert "".join(events) == PLAIN * 4
+    assert f"one after the other: {reason}" in caplog.text
+
+
+def test_it_is_off_where_a_trained_module_is_called_twice(
+    tiny_moe: Path, tmp_path: Path, events: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    model = load(tiny_moe, True)
+    part = next(part for name, part in model.named_modules() if name.endswith("lora_A.default"))
+    called: list[int] = []
+
+    def twice(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor | None:
+        if len(called) % 2:
+            return None
+        called.append(1)
+        again = module(*args)
+        called.append(1)
+        return (output + again) / 2
+
+    part.register_forward_hook(twice)
+    with caplog.at_level(logging.INFO, "kt_sft"):
+        trainer_of(model, tmp_path, steps=2)[0].train()
+    assert "".join(events) == PLAIN * 4
+    assert re.search(r"lora_A.default is trained and called more than once", caplog.text)
