@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -72,8 +71,8 @@ class _Backward:
 class Link:
     """What the two nodes of one call share.
 
-    A graph may be walked more than once, even by several threads at a time, so each backward has a number. It travels
-    from `Await`'s backward to `Submit`'s as the gradient of the scalar that ties the two nodes together.
+    A graph may be walked more than once, even by several threads at a time, so a backward is known by the number that
+    autograd has for the walk.
     """
 
     experts: CpuExperts
@@ -87,7 +86,6 @@ class Link:
     submitted: float = 0.0  # in seconds of time.monotonic()
     tensors: CallTensors | None = None  # once it is submitted
     backwards: dict[int, _Backward] = dataclasses.field(default_factory=dict)
-    numbers: Iterator[int] = dataclasses.field(default_factory=itertools.count)
 
     @property
     def adapters_device(self) -> torch.device:
@@ -131,14 +129,15 @@ class Submit(torch.autograd.Function):
         link.crossing = cross(hidden_states.device, sources, [output])
         with explained("forward", top_k_index.shape[0]):
             link.submission = link.crossing.submit(functools.partial(link.experts.submit_forward, link))
-        # Ties the two nodes together. Its gradient is a number, exact in float64 (see Link).
-        return torch.zeros((), dtype=torch.float64, device="cpu")
+        # Ties the two nodes together. Autograd has a queue for each device and runs a node in that of its output: on
+        # this device both nodes keep their place among the model's, and what is beside them goes first.
+        return torch.zeros((), device=hidden_states.device)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, number: Tensor) -> tuple[Tensor | None, ...]:
-        """Takes the number of the backward; gives the gradients that the engine has computed for it."""
-        pending = ctx.link.backwards.pop(int(number))
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
+        """Gives the gradients that the engine has computed."""
+        pending = ctx.link.backwards.pop(_walk())
         meter, idx_TK = ctx.link.experts.meter, pending.idx_TK
         asked = time.monotonic()
         with explained("backward", idx_TK.shape[0]):
@@ -195,7 +194,7 @@ class Await(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, y_grad: Tensor) -> tuple[Tensor, None]:
-        """Takes the output's gradient; gives the number of the backward that the engine has begun."""
+        """Hands the output's gradient to the engine."""
         link, wanted, retained = ctx.link, ctx.link.wanted, ctx.retained
         x_TH, idx_TK, w_TK = ctx.saved_tensors
         places = []
@@ -213,9 +212,13 @@ class Await(torch.autograd.Function):
 
         with explained("backward", idx_TK.shape[0]):
             pending.submission = pending.crossing.submit(submit)
-        number = next(link.numbers)
-        link.backwards[number] = pending
-        return torch.tensor(number, dtype=torch.float64, device="cpu"), None
+        link.backwards[_walk()] = pending
+        return torch.zeros((), device=y_grad.device), None
+
+
+def _walk() -> int:
+    """Of the backward that this thread is in, a number that no other has."""
+    return torch._C._current_graph_task_id()
 
 
 def _submit_backward(link: Link, pending: _Backward, x_TH: Tensor, w_TK: Tensor, pre_SI: Tensor | None) -> Any:

@@ -159,6 +159,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     out = options.out.resolve()
     checkpoint, store = out / "checkpoint", out / "store"
+    if out.exists() and any(out.iterdir()) and not (checkpoint / "config.json").is_file():
+        parser.error(f"{out} holds something else; give a new folder")
     shutil.rmtree(out, ignore_errors=True)
     console, watched = Console(), Watched(out)
     size = write_checkpoint(checkpoint, int(options.gb * 1e9))

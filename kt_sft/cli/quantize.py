@@ -71,10 +71,14 @@ def quantize(
             if not writer.prepare():
                 typer.echo(f"{target} is complete already")
                 return
-            if calibration is not None:
-                capture(source, calibration, work)
-            progress.start_task(task)
-            manifest = writer.write()
+            with writer.locked():
+                if not writer.prepare():  # now that nobody else can change anything
+                    typer.echo(f"{target} is complete already")
+                    return
+                if calibration is not None:
+                    capture(source, calibration, work)
+                progress.start_task(task)
+                manifest = writer.write()
     except (ConfigError, CheckpointError, UnsupportedModelError, NotEnoughMemoryError, OSError) as error:
         typer.echo(f"kt-sft quantize: {error}", err=True)
         raise typer.Exit(2) from error

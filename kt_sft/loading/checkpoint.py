@@ -231,6 +231,24 @@ def identity_of(files: Iterable[str]) -> tuple[tuple[str, int, int], ...]:
     return tuple((file, facts.st_size, facts.st_mtime_ns) for file, facts in sorted(stats, key=lambda pair: pair[0]))
 
 
+def checkpoint_files(folder: Path) -> list[str]:
+    """The safetensors files that transformers reads of a folder: the only one, or else those of the index.
+
+    Raises:
+        CheckpointError: There are none, or no readable index of them.
+    """
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return [os.fspath(single)]
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        return [os.fspath(folder / name) for name in names]
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{folder}: has neither {single.name} nor {index.name}") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index}: no readable index of tensors ({error!r})") from error
+
+
 def _check_place(file: str, folder: str) -> None:
     """Refuses a file that is not in `folder`, or is a link that leads out of it: another model's, or anything.
 
@@ -240,7 +258,7 @@ def _check_place(file: str, folder: str) -> None:
     if real.is_relative_to(home):
         return
     snapshots = next((parent for parent in home.parents if parent.name == "snapshots"), None)
-    if snapshots is not None and real.is_relative_to(snapshots.parent / "blobs"):
+    if snapshots is not None and real.is_relative_to(os.path.realpath(snapshots.parent / "blobs")):
         return
     raise CheckpointError(
         f"{file}: is at {real}, outside the model's folder {home}; put the file itself there, or load the model from "

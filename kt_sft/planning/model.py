@@ -24,7 +24,7 @@ from transformers import (
 )
 from transformers.conversion_mapping import get_model_conversion_mapping
 
-from kt_sft.loading.checkpoint import Checkpoint
+from kt_sft.loading.checkpoint import Checkpoint, checkpoint_files
 from kt_sft.loading.layout import ExpertLayout, find_experts
 from kt_sft.loading.mapped import obstacle
 from kt_sft.loading.mapping import MatrixRead, ModulePlan, plan_experts
@@ -110,7 +110,7 @@ def read_model(setup: TrainingSetup) -> ModelFacts:
         if source is not None:
             check_method(source)
         del config.quantization_config
-    checkpoint = Checkpoint(_files(folder))
+    checkpoint = Checkpoint(checkpoint_files(folder))
     ready = ReadyStore(checkpoint, source) if stored else None
     if source is not None:
         checkpoint.tensors = fold_tensors(checkpoint.tensors, source)
@@ -186,19 +186,6 @@ def _folder(name: str) -> Path:
             f"model_name_or_path: {name} is neither a folder nor in the hub's cache. A plan needs config.json and the "
             "safetensors files' headers; download the model, or give a folder that holds them"
         ) from error
-
-
-def _files(folder: Path) -> list[Path]:
-    """The files that transformers would read."""
-    index = folder / "model.safetensors.index.json"
-    try:
-        names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else set()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RecipeError(f"{index}: no readable index of tensors ({error!r})") from error
-    files = [folder / name for name in sorted(names)] or sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise RecipeError(f"{folder} holds no safetensors files, whose headers say what the experts are stored as")
-    return files
 
 
 def _config(folder: Path, setup: TrainingSetup) -> tuple[PreTrainedConfig, list[str]]:

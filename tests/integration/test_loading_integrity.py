@@ -68,6 +68,12 @@ class TestLinks:
         with pytest.raises(CheckpointError, match=rf"{WEIGHTS}: is at {elsewhere}, outside the model's folder"):
             load(checkpoint)
 
+    def test_blobs_may_lie_on_another_disk(self, cached: Path, tmp_path: Path) -> None:
+        blobs = cached.parents[1] / "blobs"
+        blobs.rename(tmp_path / "disk")
+        blobs.symlink_to(tmp_path / "disk")
+        assert stores(load(cached))
+
     def test_blobs_of_another_repository_are_refused(self, cached: Path, tmp_path: Path) -> None:
         other = tmp_path / "models--org--other" / "blobs" / "1"
         other.parent.mkdir(parents=True)

@@ -140,7 +140,7 @@ def test_a_source_that_has_changed_is_refused(half: Path, checkpoint: Path, tiny
 def test_only_one_process_writes(half: Path, tiny_moe: Path) -> None:
     first = StoreWriter(plan_store(tiny_moe, KTConfig(expert_format="int4")), half, threads=1)
     second = StoreWriter(plan_store(tiny_moe, KTConfig(expert_format="int4")), half, threads=1)
-    with first._locked(), pytest.raises(ConfigError, match="another process is writing"):
+    with first.locked(), pytest.raises(ConfigError, match="another process is writing"):
         second.write()
 
 

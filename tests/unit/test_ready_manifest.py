@@ -17,12 +17,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from kt_sft.config import KTConfig
-from kt_sft.loading.checkpoint import Checkpoint
+from kt_sft.loading.checkpoint import Checkpoint, checkpoint_files
 from kt_sft.loading.errors import CheckpointError
 from kt_sft.loading.layout import find_experts
 from kt_sft.loading.mapping import ModulePlan
 from kt_sft.loading.ready.manifest import MANIFEST, read_manifest
-from kt_sft.loading.ready.planning import checkpoint_files, plan_store
+from kt_sft.loading.ready.planning import plan_store
 from kt_sft.loading.ready.reading import ReadyStore
 from kt_sft.loading.ready.writing import StoreWriter
 

@@ -92,7 +92,9 @@ def capture(source: Path, calibration: Calibration, folder: Path) -> None:
     tokenizer = _tokenizer_of(source)
     names = read_settings(source).get("architectures") or []
     model_class = getattr(transformers, names[0], None) if names else None
-    model = (model_class or transformers.AutoModelForCausalLM).from_pretrained(source, quantization_config=KTConfig())
+    model = (model_class or transformers.AutoModelForCausalLM).from_pretrained(
+        source, quantization_config=KTConfig(), trust_remote_code=False
+    )
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or _LENGTH
     sequences = token_sequences(calibration.file, tokenizer, calibration.tokens, min(_LENGTH, most))
     known = model.get_input_embeddings().weight.size(0)  # type: ignore[operator]
@@ -109,7 +111,7 @@ def _tokenizer_of(source: Path) -> Any:
     if not any(file.name in _VOCABULARIES or file.suffix in (".model", ".tiktoken") for file in source.iterdir()):
         raise ConfigError(f"kt_sft: {source} has no tokenizer to calibrate with ({', '.join(_VOCABULARIES)}, ...)")
     try:
-        return transformers.AutoTokenizer.from_pretrained(source)
+        return transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ConfigError(f"kt_sft: {source}: its tokenizer cannot be read ({error})") from error
 

@@ -35,8 +35,8 @@ NOT_SAVED = (
 _SCALE_DTYPES = {None: None, "F32": torch.float32, "F16": torch.float16}
 _MOST_BYTES = 1 << 28
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-#: Plain names, also in a folder; nothing that could lead out of the store.
-_FILE_NAME = re.compile(r"(?!\.)[\w.+ -]+(/(?!\.)[\w.+ -]+)?")
+#: Names of files, also in a folder; nothing hidden, and nothing that could lead out of the store.
+_FILE_NAME = re.compile(r"(?!\.)[^/\x00-\x1f]+(/(?!\.)[^/\x00-\x1f]+)?")
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,8 +19,7 @@ import kt_sft
 from kt_sft.config import ConfigError, KTConfig
 from kt_sft.engine.geometry import default_group
 from kt_sft.engine.stored import part_bytes, stored_parts
-from kt_sft.loading.checkpoint import Checkpoint, TensorEntry
-from kt_sft.loading.errors import CheckpointError
+from kt_sft.loading.checkpoint import Checkpoint, TensorEntry, checkpoint_files
 from kt_sft.loading.layout import find_experts
 from kt_sft.loading.mapping import ModulePlan, plan_experts
 from kt_sft.loading.ready.manifest import METHOD, VERSION, StoredExperts, scale_dtype_name
@@ -134,6 +132,8 @@ def plan_store(source: Path, config: KTConfig, calibration: dict[str, Any] | Non
     """
     settings = read_settings(source)
     quantization = settings.get("quantization_config")
+    if quantization is not None and not isinstance(quantization, dict):
+        raise ConfigError(f"kt_sft: {source / 'config.json'}: quantization_config is no JSON object")
     if quantization is not None and quantization.get("quant_method") == METHOD:
         raise ConfigError(
             f"kt_sft: {source} is a ready store already; make another one from the checkpoint that it was made from"
@@ -190,7 +190,7 @@ def model_of(folder: Path) -> transformers.PreTrainedModel:
         ConfigError: transformers has no such class.
     """
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         names = getattr(config, "architectures", None) or []
         model_class = getattr(transformers, names[0], None) if names else None
         if hasattr(config, "quantization_config"):
@@ -200,25 +200,9 @@ def model_of(folder: Path) -> transformers.PreTrainedModel:
                 return AutoModelForCausalLM.from_config(config)
             return model_class._from_config(config)
     except (ValueError, KeyError, OSError, ImportError) as error:
-        raise ConfigError(f"kt_sft: {folder}: transformers cannot make this model ({error})") from error
-
-
-def checkpoint_files(folder: Path) -> list[str]:
-    """The safetensors files of a checkpoint, as its index says.
-
-    Raises:
-        CheckpointError: There are none, or no readable index of them.
-    """
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.exists() and not index.exists():
-        return [os.fspath(single)]
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        return [os.fspath(folder / name) for name in names]
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{folder}: has neither model.safetensors nor {index.name}") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index}: no readable index of tensors ({error!r})") from error
+        raise ConfigError(
+            f"kt_sft: {folder}: transformers cannot make this model without running code of its folder ({error})"
+        ) from error
 
 
 def _stored_experts(plan: ModulePlan, storage: dict[str, Any]) -> StoredExperts:
@@ -305,10 +289,9 @@ def _others(source: Path) -> tuple[str, ...]:
 
 
 def _hash_of_source(source: Path, files: Sequence[str]) -> str:
-    """Of the index, or of the header of the only file."""
-    index = source / "model.safetensors.index.json"
-    if index.exists():
-        return hashlib.sha256(index.read_bytes()).hexdigest()
+    """Of the header of the only file, or of the index."""
+    if len(files) > 1:
+        return hashlib.sha256((source / "model.safetensors.index.json").read_bytes()).hexdigest()
     with open(files[0], "rb") as file:
         prefix = file.read(8)
         return hashlib.sha256(prefix + file.read(int.from_bytes(prefix, "little"))).hexdigest()

@@ -85,6 +85,7 @@ class StoreWriter:
         self._advance = advance
         self._filler = filler if filler is not None else Plain()
         self._local = threading.local()
+        self._is_locked = False
 
     def prepare(self) -> bool:
         """Looks, before any work, whether it can be done; False where it was done already.
@@ -92,6 +93,8 @@ class StoreWriter:
         Raises:
             ConfigError: The target is something else, or the disk is too small.
         """
+        if self._target.is_mount():
+            raise ConfigError(f"kt_sft: {self._target} is a mount point, which stays; give a folder inside it")
         if self._is_done():
             shutil.rmtree(self._work, ignore_errors=True)
             return False
@@ -123,7 +126,7 @@ class StoreWriter:
             OSError: The disk is full.
         """
         self._begin()
-        with self._locked():
+        with self.locked():
             files, experts = {}, {}
             for file in self._plan.files:
                 found, error = self._complete(file)
@@ -163,7 +166,7 @@ class StoreWriter:
     def _begin(self) -> None:
         """Says, before anything else is there, what the folder is for."""
         self._store.mkdir(parents=True, exist_ok=True)
-        with self._locked():
+        with self.locked():
             if self._read_state() != self._state():
                 for folder in (self._store, self._work / "calibration"):
                     shutil.rmtree(folder, ignore_errors=True)
@@ -183,8 +186,18 @@ class StoreWriter:
             return "damaged"
 
     @contextmanager
-    def _locked(self) -> Iterator[None]:
-        """One process at a time; the lock goes with its process, however that ends."""
+    def locked(self) -> Iterator[None]:
+        """Keeps other processes from this store, once it is prepared; may be entered again within.
+
+        The lock goes with its process, however that ends.
+
+        Raises:
+            ConfigError: Another process has it.
+        """
+        if self._is_locked:
+            yield
+            return
+        self._work.mkdir(exist_ok=True)
         with open(self._work / "lock", "w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -192,7 +205,11 @@ class StoreWriter:
                 raise ConfigError(
                     f"kt_sft: another process is writing {self._target}; wait until it has ended"
                 ) from error
-            yield
+            self._is_locked = True
+            try:
+                yield
+            finally:
+                self._is_locked = False
 
     def _record_of(self, file: PlannedFile) -> Path:
         return self._work / f"{file.name}.json"
