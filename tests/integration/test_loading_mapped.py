@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -100,6 +101,11 @@ def test_two_models_and_two_processes_have_the_files_pages(tiny_moe: Path, tmp_p
 
 class TestDecision:
     """`store: auto` is resident where that fits, and mapped otherwise."""
+
+    @pytest.fixture(autouse=True)
+    def nothing_is_loaded(self) -> None:
+        """A model that an earlier test left in a reference cycle would share its experts, which then need no memory."""
+        gc.collect()
 
     @pytest.fixture
     def available(self, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:

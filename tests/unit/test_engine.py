@@ -98,7 +98,7 @@ libc = ctypes.CDLL(None)
 libc.signal.argtypes = [ctypes.c_int, ctypes.c_void_p]
 for number, handler in ((signal.SIGUSR1, libc.pause), (signal.SIGUSR2, libc.getpid)):
     libc.signal(number, ctypes.cast(handler, ctypes.c_void_p))
-looks = 6000
+looks, submitted = 6000, 0
 others = set(os.listdir("/proc/self/task"))
 engine = get_engine(1)
 (thread,) = map(int, set(os.listdir("/proc/self/task")) - others)
@@ -108,7 +108,9 @@ def send(number):
 
 class Impatient:
     def __init__(self, ticket):
+        global submitted
         self.ticket = ticket
+        submitted += 1
     def wait(self):
         self.ticket.wait(interval=0.01, looks=looks)
 
@@ -139,7 +141,8 @@ for direction, function in (
     send(signal.SIGUSR1)
     looks = 3
     print(said(function))
-    print(said(function if direction == "forward" else lambda: layer(x, idx, w)))  # at once, as nothing is submitted
+    submitted = 0
+    print(said(function if direction == "forward" else lambda: layer(x, idx, w)), submitted)  # at once
     gc.collect()
     looks = 6000
     while said(lambda: layer(torch.ones(3, 6), idx, w)) is not None:  # until it is awake
@@ -150,9 +153,11 @@ for direction, function in (
     assert run.returncode == 0, run.stderr
     lines = iter(run.stdout.splitlines())
     for direction in ("forward", "backward"):
-        failed = f"kt_sft: the expert engine failed in the {direction} of 3 tokens: the expert engine stands still: "
-        assert next(lines).startswith(failed)
-        assert next(lines).startswith("kt_sft: the expert engine stands still: ")
+        failed = "kt_sft: the expert engine failed in the {} of 3 tokens: the expert engine stands still: "
+        assert next(lines).startswith(failed.format(direction))
+        again = next(lines)
+        assert again.startswith(failed.format("forward"))
+        assert again.endswith(" 0")  # was handed to the engine
         assert next(lines) == "True"
     assert next(lines, None) is None
 
