@@ -8,6 +8,9 @@ from kt_sft.engine.cgroups import OWN, ROOT, group_folders
 
 #: Version 1 of control groups writes "no limit" as a number above this.
 _NO_LIMIT = 1 << 60
+#: Of memory.stat: cached file pages, which the kernel drops before it refuses memory, whether read once or more often.
+#: (MemAvailable counts both as well.) Files in tmpfs are none of them. Version 1 prefixes sums over a hierarchy.
+_CACHED = ("inactive_file", "active_file")
 
 
 def available_bytes() -> int | None:
@@ -48,26 +51,23 @@ def _v2(folder: Path) -> int | None:
     limit, used = _number(folder / "memory.max"), _number(folder / "memory.current")
     if limit is None or used is None:
         return None
-    return max(0, limit - used + _reclaimable(folder, "inactive_file"))
+    return max(0, limit - used + _cached(folder, ""))
 
 
 def _v1(folder: Path) -> int | None:
     limit, used = _number(folder / "memory.limit_in_bytes"), _number(folder / "memory.usage_in_bytes")
     if limit is None or used is None or limit >= _NO_LIMIT:
         return None
-    return max(0, limit - used + _reclaimable(folder, "total_inactive_file"))
+    return max(0, limit - used + _cached(folder, "total_"))
 
 
-def _reclaimable(folder: Path, field: str) -> int:
-    """Cached file pages, which the kernel drops before it refuses memory."""
+def _cached(folder: Path, prefix: str) -> int:
+    """Bytes of cached file pages of a group and those below it; 0 where the kernel does not say."""
     try:
-        for line in (folder / "memory.stat").read_text().splitlines():
-            name, _, value = line.partition(" ")
-            if name == field:
-                return int(value)
+        fields = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        return sum(int(fields.get(prefix + name, 0)) for name in _CACHED)
     except (OSError, ValueError):
         return 0
-    return 0
 
 
 def _number(file: Path) -> int | None:

@@ -43,6 +43,20 @@ def test_version_1(tmp_path: Path) -> None:
     assert memory._cgroup(tmp_path / "own", tmp_path) == GIB + 5
 
 
+@pytest.mark.parametrize(("version", "prefix"), [(1, "total_"), (2, "")])
+def test_files_that_were_read_more_than_once_can_be_dropped_as_well(tmp_path: Path, version: int, prefix: str) -> None:
+    """A checkpoint of an earlier run, read twice, fills the group's limit: all of it is there for the next one."""
+    fields = {"cache": 7 * GIB, "inactive_file": GIB, "active_file": 5 * GIB, "inactive_anon": GIB, "active_anon": 5}
+    stat = "\n".join(f"{prefix}{name} {size}" for name, size in fields.items())
+    own, folder = ("0::/a\n", tmp_path / "a") if version == 2 else ("4:memory:/a\n", tmp_path / "memory" / "a")
+    (tmp_path / "own").write_text(own)
+    if version == 2:
+        group(folder, memory__max=8 * GIB, memory__current=8 * GIB, memory__stat=stat)
+    else:
+        group(folder, memory__limit_in_bytes=8 * GIB, memory__usage_in_bytes=8 * GIB, memory__stat=stat)
+    assert memory._cgroup(tmp_path / "own", tmp_path) == 6 * GIB
+
+
 def test_a_container_that_sees_only_its_own_group(tmp_path: Path) -> None:
     # The path in /proc/self/cgroup may be the host's, while the container's group is mounted as the root.
     (tmp_path / "own").write_text("0::/host/side/path\n")
