@@ -15,6 +15,7 @@ from kt_sft.engine.readahead import Neighbours, Reader
 from kt_sft.engine.store import LayerStore, MappedFile
 from kt_sft.loading.errors import CheckpointError, NotEnoughMemoryError
 from kt_sft.loading.mapping import MatrixRead, ModulePlan
+from kt_sft.loading.memory import scales_bytes
 from kt_sft.loading.ready.reading import StoredEntry
 from kt_sft.loading.sources.entries import CodesInFile, QuantisedEntry, keeps
 
@@ -27,11 +28,30 @@ _FORMATS = {"BF16": "bf16"}
 Storages = Mapping[str, Mapping[str, Any]]
 
 
+def choose_mapped(wanted: str, obstacle: str | None, *, fits: bool) -> bool:
+    """Whether experts stay in the checkpoint's files: what loading does, and what a plan says of it.
+
+    Args:
+        wanted: The setting `store`.
+        obstacle: Why they cannot; None if they can.
+        fits: Whether memory has room for them beside everything else that the run takes, what is predicted of it
+            included: a training that ran out of it later would be worse than one that reads its experts from files.
+
+    Raises:
+        ConfigError: They should, but cannot.
+    """
+    if wanted == "mapped" and obstacle is not None:
+        raise ConfigError(f"kt_sft: store 'mapped' is not possible: {obstacle}; set store: auto or resident")
+    return wanted == "mapped" or (wanted == "auto" and obstacle is None and not fits)
+
+
 def decide_mapped(
     plans: Sequence[ModulePlan],
     storages: Storages,
     wanted: str,
+    *,
     resident: Callable[[], None],
+    predicted: Callable[[], None],
     mapped: Callable[[], None],
 ) -> bool:
     """Whether the experts of `plans` stay in the checkpoint's files.
@@ -40,34 +60,51 @@ def decide_mapped(
         plans: What is to be loaded.
         storages: How.
         wanted: The setting `store`.
-        resident: Raises NotEnoughMemoryError if there is not enough memory for everything.
-        mapped: The same for what is not mapped.
+        resident: Raises NotEnoughMemoryError if there is not enough memory for everything that is certainly needed.
+        predicted: The same for that and what is only predicted, for want of which nothing is refused.
+        mapped: The same for what is certainly needed and not mapped.
 
     Raises:
         ConfigError: They should, but the files do not hold what the engine reads.
         NotEnoughMemoryError: There is not enough memory, or not without mapping, which is impossible.
     """
-    if wanted == "mapped":
-        found = obstacle(plans, storages)
-        if found is not None:
-            raise ConfigError(f"kt_sft: store 'mapped' is not possible: {found}; set store: auto or resident")
-        mapped()
+    found = obstacle(plans, storages)
+    certain = None if wanted == "mapped" else _shortage(resident)
+    short = _shortage(predicted) if wanted == "auto" and found is None and certain is None else certain
+    if choose_mapped(wanted, found, fits=short is None):
+        shortage = _shortage(mapped)
+        if shortage is not None:
+            raise certain or shortage
+        if short is not None:
+            logger.warning(
+                "the experts stay in the checkpoint's files, from which the system reads them again: %s", short
+            )
         return True
+    if certain is None:
+        return False
+    if wanted == "auto":
+        raise NotEnoughMemoryError(f"{certain}. They cannot stay in the checkpoint's files either: {found}")
+    raise certain
+
+
+def _shortage(check: Callable[[], None]) -> NotEnoughMemoryError | None:
     try:
-        resident()
+        check()
     except NotEnoughMemoryError as error:
-        if wanted == "resident":
-            raise
-        found = obstacle(plans, storages)
-        if found is not None:
-            raise NotEnoughMemoryError(f"{error}. They cannot stay in the checkpoint's files either: {found}") from None
-        try:
-            mapped()
-        except NotEnoughMemoryError:
-            raise error from None
-        logger.warning("the experts stay in the checkpoint's files, from which the system reads them again: %s", error)
-        return True
-    return False
+        return error
+    return None
+
+
+def bytes_beside_files(plans: Sequence[ModulePlan], storages: Storages) -> int:
+    """Of host memory, what the experts of `plans` take of each process where they stay in the checkpoint's files.
+
+    These are scales and zero points, but for those of ready stores, which are mapped like their codes.
+    """
+    return sum(
+        scales_bytes(plan.layout, storages[plan.name])
+        for plan in plans
+        if not all(isinstance(read.view.entry, StoredEntry) for read in plan.reads)
+    )
 
 
 def obstacle(plans: Sequence[ModulePlan], storages: Storages) -> str | None:

@@ -36,6 +36,11 @@ class Loader:
     #: Whether the experts stay in the checkpoint's files.
     mapped = False
 
+    @property
+    def speaks(self) -> bool:
+        """Whether it is this process that says what concerns all of this machine."""
+        return local_rank_and_size()[0] == 0
+
     def decide(self, mapped: Callable[[], bool]) -> None:
         """Settles, before any store is made, whether the experts stay in the checkpoint's files.
 
@@ -82,6 +87,11 @@ class Filler(Loader):
         self._offer = offer
         self._living = 0
         self.sharers = local_rank_and_size()[1]
+
+    @property
+    def speaks(self) -> bool:
+        """It decides for the others, whatever its rank."""
+        return True
 
     def decide(self, mapped: Callable[[], bool]) -> None:
         """As Loader's."""

@@ -24,9 +24,9 @@ from kt_sft.loading.checkpoint import Checkpoint
 from kt_sft.loading.dense import check_finite
 from kt_sft.loading.errors import CheckpointError, NotEnoughMemoryError
 from kt_sft.loading.layout import ExpertLayout, find_experts
-from kt_sft.loading.mapped import decide_mapped
+from kt_sft.loading.mapped import bytes_beside_files, decide_mapped
 from kt_sft.loading.mapping import ModulePlan, block_of, feeds_experts, plan_experts
-from kt_sft.loading.memory import experts_bytes, not_enough, require_bytes, scales_bytes
+from kt_sft.loading.memory import experts_bytes, not_enough, require_bytes
 from kt_sft.loading.merged_record import read_record, write_record
 from kt_sft.loading.merging import merge_saved, merged_changes
 from kt_sft.loading.processes import Loader, loader_for
@@ -41,6 +41,8 @@ from kt_sft.offload.shared import overlap_shared_experts
 
 # Attributes that transformers itself keeps on a model; nn.Module's annotations know nothing of them.
 _CONVERSIONS, _QUANTIZER, _INITIALIZED = "_weight_conversions", "hf_quantizer", "_is_hf_initialized"
+#: What is said to be needed besides where predictions count.
+_PREDICTED = ", and activations and buffers as predicted"
 
 
 class KTQuantizer(HfQuantizer):
@@ -274,32 +276,40 @@ class KTQuantizer(HfQuantizer):
             taken = {id(value) for plan in self._plans for value in model.get_submodule(plan.name).parameters()}
             dense = sum(value.nbytes for value in model.parameters() if id(value) not in taken)
         # Training is checked with its weights; what of it is only predicted is no reason to refuse it.
-        check: Any = getattr(self._config, "training_check", None)
+        training: Any = getattr(self._config, "training_check", None)
+        shared = self._loader.sharers > 1
+        check = None if training is None else training.of(model, self._plans, self._storages, shared)
         what = f"the experts of {len(plans)} layers"
-        facts = None if check is None else check.facts(model, self._plans, self._storages)
-        if facts is not None:
-            dense += check.host_bytes(facts)
+        if check is not None:
+            dense += check.certain_bytes
             what += ", the weights beside them, adapters and optimizer"
-        each, together = (dense, experts) if self._loader.sharers > 1 else (dense + experts, 0)
+        each, together = (dense, experts) if shared else (dense + experts, 0)
         processes = local_rank_and_size()[1]
-        held = () if self._ready else plans  # a ready store's scales are mapped like its codes
-        scales = sum(scales_bytes(plan.layout, self._storages[plan.name]) for plan in held)
+        scales = bytes_beside_files(plans, self._storages)
         beside = "the weights beside the experts" + (", and the experts' scales" if scales else "")
+
+        def resident(predicted: int = 0) -> None:
+            require_bytes(each + predicted, what + (_PREDICTED if predicted else ""), processes, together)
+
+        def mapped(predicted: int = 0) -> None:
+            require_bytes(dense + scales + predicted, beside + (_PREDICTED if predicted else ""), processes)
+
         try:
-            mapped = decide_mapped(
+            is_mapped = decide_mapped(
                 plans,
                 self._storages,
                 self._config.store,
-                resident=lambda: require_bytes(each, what, processes, together),
-                mapped=lambda: require_bytes(dense + scales, beside, processes),
+                resident=resident,
+                predicted=lambda: None if check is None else check.require_predicted(resident, is_mapped=False),
+                mapped=mapped,
             )
         except NotEnoughMemoryError as error:
-            if facts is None:
+            if check is None:
                 raise
-            raise check.refusal(error, facts) from None
-        if facts is not None:
-            check.warn(facts, mapped)
-        return mapped
+            raise check.refusal(error) from None
+        if check is not None and self._loader.speaks:
+            check.warn(mapped if is_mapped else resident, is_mapped=is_mapped)
+        return is_mapped
 
     def _look_unquantised(self, model: PreTrainedModel) -> None:
         if hasattr(model.config, "quantization_config"):

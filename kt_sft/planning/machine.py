@@ -61,8 +61,9 @@ def this_machine(num_threads: int | None = None) -> Machine:
     if torch.accelerator.is_available():
         kind = torch.accelerator.current_accelerator().type  # type: ignore[union-attr]
         module = torch.get_device_module(kind)
-        device = module.get_device_name(0) if hasattr(module, "get_device_name") else kind
-        free = module.mem_get_info(0)[0] if hasattr(module, "mem_get_info") else None
+        number = torch.accelerator.current_device_index()  # a context on another device would take memory there
+        device = module.get_device_name(number) if hasattr(module, "get_device_name") else kind
+        free = module.mem_get_info(number)[0] if hasattr(module, "mem_get_info") else None
     return Machine(
         name=info["cpu"],
         host_bytes=info["memory_available_bytes"],

@@ -84,8 +84,10 @@ class Memory:
         device: Of one accelerator; None where the host does everything.
         experts_bytes: Whether in memory or in the files.
         is_mapped: Whether the experts stay in the checkpoint's files.
-        processes: On this machine; they hold the experts once.
+        processes: On this machine.
         trained: P of one process.
+        shared: Whether they hold resident experts once. What of mapped ones is in memory, each has for itself.
+        spared: Of the host's activations in one process, what is given up, and computed again, where memory is short.
     """
 
     host: Terms
@@ -94,12 +96,27 @@ class Memory:
     is_mapped: bool
     processes: int
     trained: int
+    shared: bool = True
+    spared: int = 0
 
     @property
     def host_need(self) -> int:
         """Of all processes."""
-        each = self.host.total - self.host.experts
-        return each * self.processes + self.host.experts
+        return self._of_all(self.host.total)
+
+    @property
+    def host_least(self) -> int:
+        """Of that, what cannot be given up: a run that has no more than this is slower, and does not end."""
+        return self._of_all(self.host.total - self.spared)
+
+    @property
+    def weights_need(self) -> int:
+        """Of that, what is weights or the processes' own."""
+        return self._of_all(self.host.experts + self.host.dense + self.host.base)
+
+    def _of_all(self, each: int) -> int:
+        once = self.host.experts if self.shared and not self.is_mapped else 0
+        return (each - once) * self.processes + once
 
     @property
     def device_need(self) -> int:
@@ -138,6 +155,7 @@ def memory_of(
     base: int,
     is_mapped: bool,
     processes: int = 1,
+    shared: bool = True,
 ) -> Memory:
     """The terms of a run.
 
@@ -149,6 +167,7 @@ def memory_of(
         base: Of the process without a model.
         is_mapped: Whether the experts stay in the checkpoint's files.
         processes: On this machine.
+        shared: Whether they hold resident experts once.
     """
     on_device = machine.device is not None and not setup.on_cpu
     linear, routed = lora_parameters(facts, setup)
@@ -158,10 +177,10 @@ def memory_of(
     lora = {"linear": linear * (2 * master + exchanged), "routed": routed * (2 * master + exchanged)}
     optimizer = {"linear": int(linear * state), "routed": int(routed * state)}
     copies = sum(2 * _of_experts(layout, setup.rank + setup.rank % 2) for layout in facts.layouts.values())
-    kept = host_activations(facts, setup, on_device=on_device)
+    kept, spared = host_activations(facts, setup, on_device=on_device)
     loading = 0 if is_mapped else facts.staged_bytes * min(_MOST_READERS, 2 * machine.threads)
     host = Terms(
-        experts=facts.scales_bytes if is_mapped else facts.experts_bytes,
+        experts=facts.bytes_beside_files if is_mapped else facts.experts_bytes,
         lora=copies if routed else 0,
         activations=kept,
         buffers=max(
@@ -175,22 +194,29 @@ def memory_of(
         model, activations=int((cost.peak_bytes if on_device else cost.heap_bytes) * in_flight(setup, on_device))
     )
     experts_side = Terms(lora=lora["routed"], optimizer=optimizer["routed"])
+
+    def found(host: Terms, device: Terms | None) -> Memory:
+        return Memory(host, device, facts.experts_bytes, is_mapped, processes, linear + routed, shared, spared)
+
     if not on_device:
-        return Memory(_sum(host, model, experts_side), None, facts.experts_bytes, is_mapped, processes, linear + routed)
+        return found(_sum(host, model, experts_side), None)
     device = dataclasses.replace(model, base=DEVICE_BASE)
     if setup.settings.lora_memory == "host":
         host = _sum(host, experts_side)
     else:
         device = _sum(device, experts_side)
-    return Memory(host, device, facts.experts_bytes, is_mapped, processes, linear + routed)
+    return found(host, device)
 
 
 def _sum(*parts: Terms) -> Terms:
     return Terms(*(sum(values) for values in zip(*(dataclasses.astuple(part) for part in parts), strict=True)))
 
 
-def host_activations(facts: ModelFacts, setup: TrainingSetup, *, on_device: bool) -> int:
-    """What the experts keep for backward in host memory."""
+def host_activations(facts: ModelFacts, setup: TrainingSetup, *, on_device: bool) -> tuple[int, int]:
+    """What the experts keep for backward in host memory; and what of that is given up where memory is short.
+
+    Without `retained_mb` that is all gate and up values: they get no more than half of what is free (retention.py).
+    """
     tokens = setup.tokens * in_flight(setup, on_device)
     rows = tokens * facts.slots
     settings, layouts = setup.settings, facts.layouts.values()
@@ -206,7 +232,8 @@ def host_activations(facts: ModelFacts, setup: TrainingSetup, *, on_device: bool
         if settings.retained_mb is not None:
             retained = min(retained, max(0, (settings.retained_mb << 20) - outputs - inputs))
     gradients = max((2 * 4 * _of_experts(layout, setup.rank) for layout in layouts), default=0)
-    return retained + outputs + inputs + (gradients if settings.lora_experts else 0)
+    kept = retained + outputs + inputs + (gradients if settings.lora_experts else 0)
+    return kept, retained if settings.retained_mb is None else 0
 
 
 def in_flight(setup: TrainingSetup, on_device: bool) -> int:

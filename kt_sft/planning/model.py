@@ -26,9 +26,9 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 
 from kt_sft.loading.checkpoint import Checkpoint, checkpoint_files
 from kt_sft.loading.layout import ExpertLayout, find_experts
-from kt_sft.loading.mapped import obstacle
+from kt_sft.loading.mapped import bytes_beside_files, obstacle
 from kt_sft.loading.mapping import MatrixRead, ModulePlan, plan_experts
-from kt_sft.loading.memory import experts_bytes, scales_bytes
+from kt_sft.loading.memory import experts_bytes
 from kt_sft.loading.ready.reading import ReadyStore, dense_quantization, is_store
 from kt_sft.loading.sources.dense import plan_dense
 from kt_sft.loading.sources.entries import QuantisedEntry, keeps, resolve_storage
@@ -53,6 +53,7 @@ class ModelFacts:
         slots: Experts per token.
         staged_bytes: Of host memory for each matrix that is being loaded, where its source is quantised.
         obstacle: Why the experts cannot stay in the checkpoint's files; None if they can.
+        bytes_beside_files: What they take of host memory if they do: scales that cannot be mapped as well.
         notes: What was taken for something else.
     """
 
@@ -62,17 +63,13 @@ class ModelFacts:
     slots: int
     staged_bytes: int = 0
     obstacle: str | None = None
+    bytes_beside_files: int = 0
     notes: tuple[str, ...] = ()
 
     @property
     def experts_bytes(self) -> int:
         """Of all routed experts as they are stored, scales included."""
         return sum(experts_bytes(layout, self.storages[name]) for name, layout in self.layouts.items())
-
-    @property
-    def scales_bytes(self) -> int:
-        """What of that stays in memory where codes stay in the checkpoint's files."""
-        return sum(scales_bytes(layout, self.storages[name]) for name, layout in self.layouts.items())
 
     @property
     def formats(self) -> tuple[str, ...]:
@@ -143,6 +140,7 @@ def facts_of(
         _slots(model.config),
         max((_staged_bytes(read, storages[plan.name]) for plan in plans for read in plan.reads), default=0),
         obstacle(plans, storages),
+        bytes_beside_files(plans, storages),
         tuple(notes),
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from kt_sft.config import ConfigError
+from kt_sft.loading.mapped import choose_mapped
 from kt_sft.planning.activations import ActivationError, Cost, step_cost
 from kt_sft.planning.machine import Machine
 from kt_sft.planning.memory import Memory, breakdown, memory_of, unmodelled
@@ -45,24 +45,26 @@ class Plan:
 
 def fits(memory: Memory, machine: Machine) -> bool:
     """Whether a machine has what a run needs."""
-    host = machine.host_bytes is None or memory.host_need <= machine.host_bytes
+    host = machine.host_bytes is None or memory.host_least <= machine.host_bytes
     device = machine.device_bytes is None or memory.device_need <= machine.device_bytes
     return host and device
 
 
-def choose_mapped(facts: ModelFacts, setup: TrainingSetup, resident: Memory, machine: Machine) -> bool:
+def stays_in_files(facts: ModelFacts, setup: TrainingSetup, resident: Memory, machine: Machine) -> bool:
     """Whether the experts stay in the checkpoint's files, as the loader decides.
+
+    Args:
+        facts: Of the model.
+        setup: Of the training. Without `check_memory` the loader looks at weights only.
+        resident: What is needed where they do not.
+        machine: Where.
 
     Raises:
         ConfigError: They should, but cannot.
     """
-    store = setup.settings.store
-    if store == "mapped" and facts.obstacle is not None:
-        raise ConfigError(f"kt_sft: store 'mapped' is not possible: {facts.obstacle}; set store: auto or resident")
-    if store != "auto":
-        return store == "mapped"
-    have = machine.host_bytes
-    return facts.obstacle is None and have is not None and resident.host_need > have
+    need = resident.host_least if setup.settings.check_memory else resident.weights_need
+    has_room = machine.host_bytes is None or need <= machine.host_bytes
+    return choose_mapped(setup.settings.store, facts.obstacle, fits=has_room)
 
 
 def make_plan(
@@ -91,12 +93,17 @@ def make_plan(
     def memory(is_mapped: bool) -> Memory:
         return memory_of(facts, setup, machine, cost, base=base, is_mapped=is_mapped, processes=processes)
 
-    mapped = choose_mapped(facts, setup, memory(False), machine)
+    mapped = stays_in_files(facts, setup, memory(False), machine)
     found = memory(mapped)
     if mapped:
         warnings.append(
             "the experts stay in the checkpoint's files: what of them memory has no room for is read again in every "
             "step, which the predicted time leaves out"
+        )
+    if machine.host_bytes is not None and found.host_least <= machine.host_bytes < found.host_need:
+        warnings.append(
+            "memory has no room for all gate and up values of the experts: some are computed again in backward, which "
+            "the predicted time leaves out"
         )
     on_device = machine.device is not None and not setup.on_cpu
     rates = _rates(facts, setup, machine, on_device=on_device, measures=measures) if cost.operations else None

@@ -60,7 +60,7 @@ def _smaller(plan: Plan, facts: ModelFacts) -> dict[str, Any]:
         if fits(_memory(plan, facts, setup), plan.machine):
             return _as_dict(plan, setup, True, reason)
     over = []
-    if plan.machine.host_bytes is not None and plan.memory.host_need > plan.machine.host_bytes:
+    if plan.machine.host_bytes is not None and plan.memory.host_least > plan.machine.host_bytes:
         over.append("host")
     if plan.machine.device_bytes is not None and plan.memory.device_need > plan.machine.device_bytes:
         over.append("accelerator")
@@ -123,6 +123,7 @@ def _memory(plan: Plan, facts: ModelFacts, setup: TrainingSetup) -> Memory:
         base=plan.memory.host.base,
         is_mapped=is_mapped,
         processes=plan.memory.processes,
+        shared=plan.memory.shared,
     )
 
 

@@ -5,19 +5,29 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import pytest
-from llamafactory.model import load_model, load_tokenizer
+import torch
+from ready import make_store
+from trainers import train_model
+from transformers import AutoModelForCausalLM
 
+from kt_sft import CpuExperts, KTConfig
 from kt_sft.engine import info
 from kt_sft.loading import memory
 from kt_sft.loading.errors import NotEnoughMemoryError
-from kt_sft.planning.check import TrainingCheck
-from kt_sft.planning.memory import lora_parameters
+from kt_sft.planning import check as planning_check
+from kt_sft.planning.activations import Cost
+from kt_sft.planning.check import ModelCheck, TrainingCheck
+from kt_sft.planning.machine import Machine, this_machine
+from kt_sft.planning.memory import lora_parameters, memory_of
 from kt_sft.planning.model import ModelFacts, read_model
+from kt_sft.planning.plan import make_plan
 from kt_sft.planning.setup import setup_of
+from tests.forked import forked_ranks
 
 BLOCK: dict[str, Any] = {"kt_sft": {"lora_experts": True, "store": "resident"}}
 
@@ -33,22 +43,34 @@ def grant(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     return grant
 
 
-def train_model(parse: Callable[..., Any], **changes: Any) -> Any:
-    """As LLaMA-Factory's stages load the model that they train."""
-    model_args, _, _, finetuning_args, _ = parse(**changes)
-    tokenizer = load_tokenizer(model_args)["tokenizer"]
-    return load_model(tokenizer, model_args, finetuning_args, is_trainable=True)
-
-
-def facts_of(recipe: dict[str, Any]) -> tuple[ModelFacts, TrainingCheck]:
+def facts_of(recipe: dict[str, Any]) -> tuple[ModelFacts, ModelCheck]:
     setup = setup_of(recipe)
-    return read_model(setup), TrainingCheck(setup)
+    facts = read_model(setup)
+    return facts, ModelCheck(setup, facts)
 
 
 def need_of(base_recipe: dict[str, Any]) -> tuple[int, int]:
     """(of the weights, of adapters and optimizer)."""
     facts, check = facts_of(base_recipe | BLOCK)
-    return facts.experts_bytes + facts.dense_bytes, check.host_bytes(facts)
+    return facts.experts_bytes + facts.dense_bytes, check.certain_bytes
+
+
+def is_mapped(model: Any) -> bool:
+    return any(part.store.mapped for part in model.modules() if isinstance(part, CpuExperts))
+
+
+@pytest.fixture
+def log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
+    """What is logged as a warning."""
+    monkeypatch.setattr(logging.getLogger("kt_sft"), "propagate", True)
+    caplog.set_level(logging.WARNING, logger="kt_sft")
+    return caplog
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two models of the same checkpoint would share their experts."""
+    monkeypatch.setattr("kt_sft.loading.quantizer.shared_store", lambda _: None)
 
 
 def test_what_training_certainly_takes(base_recipe: dict[str, Any]) -> None:
@@ -57,7 +79,7 @@ def test_what_training_certainly_takes(base_recipe: dict[str, Any]) -> None:
     linear = 2 * 4 * (32 + 32 + 32 + 16)
     routed = 2 * 8 * 4 * (32 + 48 + 24 + 32)
     assert lora_parameters(facts, check.setup) == (linear, routed)
-    assert check.host_bytes(facts) == 16 * linear + 18 * routed
+    assert check.certain_bytes == 16 * linear + 18 * routed
 
 
 def test_a_run_without_room_for_its_optimizer_is_refused_before_it_loads(
@@ -97,44 +119,145 @@ def test_activations_that_may_not_fit_are_a_warning(
     base_recipe: dict[str, Any],
     parse: Callable[..., Any],
     grant: Callable[[int], None],
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
+    log: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(logging.getLogger("kt_sft"), "propagate", True)
     weights, training = need_of(base_recipe)
     # What is certain, and a quarter of a mebibyte for all else.
     grant(weights + training + (1 << 18))
-    with caplog.at_level(logging.WARNING, logger="kt_sft"):
-        assert train_model(parse, **BLOCK) is not None
-    assert "training may run out of host memory: about" in caplog.text
-    assert "`kt-sft plan` says what to set" in caplog.text
-    caplog.clear()
+    assert train_model(parse, **BLOCK) is not None
+    assert "training may run out of host memory: not enough memory for the experts of 2 layers" in log.text
+    assert "adapters and optimizer, and activations and buffers as predicted" in log.text
+    assert "`kt-sft plan` says what to set" in log.text
+    log.clear()
     grant(1 << 40)
-    with caplog.at_level(logging.WARNING, logger="kt_sft"):
-        train_model(parse, **BLOCK)
-    assert "may run out" not in caplog.text
+    train_model(parse, **BLOCK)
+    assert "may run out" not in log.text
 
 
 def test_experts_stay_in_their_files_where_training_leaves_them_no_room(
+    base_recipe: dict[str, Any], parse: Callable[..., Any], grant: Callable[[int], None]
+) -> None:
+    """And a plan says so, of what is certain and of what is predicted."""
+    setup = setup_of(base_recipe | {"kt_sft": {}})
+    facts = read_model(setup)
+    resident = make_plan(facts, setup, this_machine(setup.settings.num_threads), base=0, measures=False)
+    need, certain = resident.memory.host_least, resident.memory.host.certain
+    assert not resident.memory.is_mapped
+    assert need - certain > 1 << 20
+
+    def planned_and_loaded(have: int) -> tuple[bool, bool]:
+        grant(have)
+        plan = make_plan(facts, setup, this_machine(setup.settings.num_threads), base=0, measures=False)
+        return plan.memory.is_mapped, is_mapped(train_model(parse, kt_sft={"check_memory": True}))
+
+    assert facts.experts_bytes + facts.dense_bytes < certain
+    assert planned_and_loaded(facts.experts_bytes + facts.dense_bytes) == (True, True)  # which alone would fit
+    assert planned_and_loaded(certain) == (True, True)  # without activations
+    assert planned_and_loaded(need - (1 << 10)) == (True, True)
+    assert planned_and_loaded(need) == (False, False)
+
+
+def test_without_the_check_only_weights_decide_where_experts_are(
+    base_recipe: dict[str, Any], parse: Callable[..., Any], grant: Callable[[int], None]
+) -> None:
+    block = {"kt_sft": {"check_memory": False}}
+    setup = setup_of(base_recipe | block)
+    facts = read_model(setup)
+    for short in (0, 1 << 12):
+        grant(facts.experts_bytes + facts.dense_bytes - short)
+        plan = make_plan(facts, setup, this_machine(setup.settings.num_threads), base=0, measures=False)
+        assert plan.memory.is_mapped is is_mapped(train_model(parse, **block)) is bool(short)
+
+
+class UnforeseenError(Exception):
+    """Of a kind that nobody expects."""
+
+
+@pytest.mark.parametrize("what", ["facts_of", "memory_of", "step_cost"])
+def test_what_cannot_be_predicted_is_said_and_training_goes_on(
+    what: str,
+    base_recipe: dict[str, Any],
+    parse: Callable[..., Any],
+    grant: Callable[[int], None],
+    log: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    weights, training = need_of(base_recipe)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise UnforeseenError("the model's code is of a new kind")
+
+    monkeypatch.setattr(planning_check, what, fail)
+    grant(weights + training + 1)
+    assert train_model(parse, **BLOCK) is not None
+    assert log.text.count("before training: the model's code is of a new kind") == 1
+
+
+def test_a_refusal_without_advice_is_still_the_refusal(
     base_recipe: dict[str, Any],
     parse: Callable[..., Any],
     grant: Callable[[int], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from kt_sft.experts import CpuExperts
+    weights, _ = need_of(base_recipe)
+    monkeypatch.setattr(planning_check, "suggest", lambda *_: 1 / 0)
+    grant(weights)
+    with pytest.raises(NotEnoughMemoryError, match="not enough memory for the experts of 2 layers"):
+        train_model(parse, **BLOCK)
 
-    # Two models of the same checkpoint would share their experts.
-    monkeypatch.setattr("kt_sft.loading.quantizer.shared_store", lambda _: None)
-    facts, check = facts_of(base_recipe | {"kt_sft": {}})
-    weights, training = facts.experts_bytes + facts.dense_bytes, check.host_bytes(facts)
 
-    def is_mapped(have: int) -> bool:
-        grant(have)
-        model = train_model(parse, kt_sft={"check_memory": True})
-        return any(part.store.mapped for part in model.modules() if isinstance(part, CpuExperts))
+@pytest.mark.parametrize("first", [0, 1])
+def test_whichever_process_loads_the_experts_warns_for_all(
+    first: int,
+    base_recipe: dict[str, Any],
+    grant: Callable[[int], None],
+    tmp_path: Path,
+) -> None:
+    """Experts once and all else twice: less than that is a warning, by the one process that looks."""
+    facts, check = facts_of(base_recipe | BLOCK)
+    grant(facts.experts_bytes + 2 * (facts.dense_bytes + check.certain_bytes) + (1 << 18))
 
-    assert is_mapped(weights)  # which alone would fit
-    assert not is_mapped(weights + training)
+    def rank(pipe: Connection) -> None:
+        torch.set_num_threads(1)
+        said: list[str] = []
+        handler = logging.Handler(logging.WARNING)
+        handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+        logging.getLogger("kt_sft").addHandler(handler)
+        pipe.recv()  # who goes on first loads the experts
+        config = KTConfig.from_dict(BLOCK["kt_sft"])
+        config.training_check = TrainingCheck(check.setup)  # type: ignore[attr-defined]
+        AutoModelForCausalLM.from_pretrained(check.setup.model, quantization_config=config)
+        pipe.send([message for message in said if "may run out of host memory" in message])
+        pipe.recv()
+
+    with forked_ranks(port=str(tmp_path)) as start:
+        ranks = [start(rank), start(rank)]
+        loading, waiting = ranks[first], ranks[1 - first]
+        loading.go_on()
+        warnings = loading.hears()
+        waiting.go_on()
+        assert waiting.hears() == []
+    assert len(warnings) == 1
+    assert "in each of 2 processes" in warnings[0]
+
+
+@pytest.mark.parametrize("expert_format", ["int4", "int8", "bf16"])
+def test_of_a_mapped_ready_store_nothing_is_in_memory(
+    base_recipe: dict[str, Any],
+    parse: Callable[..., Any],
+    grant: Callable[[int], None],
+    tiny_moe: Path,
+    tmp_path: Path,
+    expert_format: str,
+) -> None:
+    """Scales are mapped like their codes, so what training needs beside them is enough; a plan says so as well."""
+    make_store(tiny_moe, tmp_path / "store", expert_format=expert_format)
+    changes = {"model_name_or_path": str(tmp_path / "store"), "kt_sft": {}}
+    facts, check = facts_of(base_recipe | changes)
+    memory = memory_of(facts, check.setup, Machine("any", None), Cost(), base=0, is_mapped=True)
+    assert memory.host.experts == 0
+    grant(memory.host.certain)
+    assert is_mapped(train_model(parse, **changes))
 
 
 def test_nothing_is_checked_where_nothing_is_trained(parse: Callable[..., Any], base_recipe: dict[str, Any]) -> None:

@@ -1,7 +1,8 @@
-"""transformers' Trainer on the tiny model, with what it computes recorded."""
+"""transformers' Trainer on the tiny model, with what it computes recorded; LLaMA-Factory's model to train."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,15 @@ def load(folder: Path, interleave: bool | None, lora: dict[str, Any] | None = No
     torch.manual_seed(0)
     arguments = {"r": 2, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False, "task_type": "CAUSAL_LM"}
     return peft.get_peft_model(model, peft.LoraConfig(**arguments | (lora or {})))
+
+
+def train_model(parse: Callable[..., Any], **changes: Any) -> Any:
+    """As LLaMA-Factory's stages load the model that they train, of the recipe that `parse` parses."""
+    from llamafactory.model import load_model, load_tokenizer
+
+    model_args, _, _, finetuning_args, _ = parse(**changes)
+    tokenizer = load_tokenizer(model_args)["tokenizer"]
+    return load_model(tokenizer, model_args, finetuning_args, is_trainable=True)
 
 
 def rows(count: int) -> list[dict[str, list[int]]]:

@@ -159,6 +159,26 @@ def test_interleaved_micro_batches_take_twice_the_activations_and_less_time(tmp_
     assert two.speed.step > max(two.speed.experts, two.speed.rest)
 
 
+@pytest.mark.parametrize(("settings", "mapped"), [({}, False), ({"retained_mb": 1 << 20}, True)])
+def test_values_that_can_be_computed_again_are_no_reason_to_map_experts(
+    tmp_path: Path, settings: dict[str, Any], mapped: bool
+) -> None:
+    """They are kept in what memory is left, unless a setting grants them memory."""
+    setup = setup_of(
+        recipe(sparse.write_sparse(tmp_path, sparse.QWEN3_235B | {"num_hidden_layers": 2}), kt_sft=settings)
+    )
+    facts = read_model(setup)
+    resident = make_plan(facts, setup, MACHINE, base=GIB)
+    values = 2 * 2 * 1024 * 8 * 2 * 1536  # layers, bytes, tokens, experts each, columns
+    small = dataclasses.replace(MACHINE, host_bytes=resident.memory.host_need - values)
+    plan = make_plan(facts, setup, small, base=GIB)
+    assert plan.fits
+    assert plan.memory.is_mapped is mapped
+    assert any("gate and up values" in warning for warning in plan.warnings) is not mapped
+    less = dataclasses.replace(small, host_bytes=resident.memory.host_need - values - 1)
+    assert make_plan(facts, setup, less, base=GIB).memory.is_mapped
+
+
 def test_codes_in_files_leave_scales_in_memory(tmp_path: Path) -> None:
     config = sparse.DEEPSEEK_V3 | {"quantization_config": sparse.FP8, "num_hidden_layers": 4}
     setup = setup_of(recipe(sparse.write_sparse(tmp_path, config, "fp8"), kt_sft={"store": "mapped"}, cutoff_len=8))
@@ -167,3 +187,18 @@ def test_codes_in_files_leave_scales_in_memory(tmp_path: Path) -> None:
     memory = memory_of(facts, setup, MACHINE, Cost(), base=0, is_mapped=True)
     assert memory.host.experts == 256 * 3 * 2048 * 7168 * 4 // 128**2
     assert memory.experts_bytes == facts.experts_bytes
+    both = memory_of(facts, setup, MACHINE, Cost(), base=0, is_mapped=True, processes=2)
+    assert both.host_need == 2 * both.host.total  # each process reads its own
+
+
+@pytest.mark.parametrize(("shared", "copies"), [(True, 1), (False, 3)])
+def test_processes_that_do_not_find_each_other_hold_their_own_experts(
+    tmp_path: Path, shared: bool, copies: int
+) -> None:
+    setup = setup_of(recipe(sparse.write_sparse(tmp_path, sparse.QWEN3_235B | {"num_hidden_layers": 2}), cutoff_len=8))
+    facts = read_model(setup)
+    memory = memory_of(facts, setup, MACHINE, Cost(), base=GIB, is_mapped=False, processes=3, shared=shared)
+    experts = memory.host.experts
+    assert experts == facts.experts_bytes
+    assert memory.host_need == copies * experts + 3 * (memory.host.total - experts)
+    assert memory.weights_need == copies * experts + 3 * GIB
