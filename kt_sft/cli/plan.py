@@ -42,15 +42,16 @@ def plan(
 
 def _planned(recipe: Path, overrides: list[str], machine: Path | None, processes: int, measure: bool) -> dict[str, Any]:
     from kt_sft.config import ConfigError
+    from kt_sft.integrations.memory_check import setup_with_adapter
     from kt_sft.loading.errors import CheckpointError, UnsupportedModelError
     from kt_sft.planning.machine import measured_base, read_machine, this_machine
     from kt_sft.planning.model import read_model
     from kt_sft.planning.plan import as_json, make_plan
-    from kt_sft.planning.setup import RecipeError, read_recipe, setup_of
+    from kt_sft.planning.setup import RecipeError, read_recipe
     from kt_sft.planning.suggestion import suggest
 
     try:
-        setup = setup_of(read_recipe(recipe, _settings(overrides)))
+        setup = setup_with_adapter(read_recipe(recipe, _settings(overrides)))
         found = this_machine(setup.settings.num_threads) if machine is None else read_machine(machine)
         base = measured_base()  # before anything of a model is in this process
         facts = read_model(setup)

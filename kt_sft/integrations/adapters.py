@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
@@ -25,6 +26,29 @@ _MODEL = "model.safetensors"
 _PICKLED_MODEL = "pytorch_model.bin"
 
 _OF_ONE_EXPERT = re.compile(r"\.experts\.\d+\.")
+
+
+def adapter_names(paths: Any) -> list[str]:
+    """The adapters that a recipe's key, or the parsed argument, names."""
+    if paths is None:
+        return []
+    return [path.strip() for path in paths.split(",")] if isinstance(paths, str) else list(paths)
+
+
+def continued_adapter(arguments: Mapping[str, Any]) -> str | None:
+    """The adapter that training goes on with, by LLaMA-Factory's arguments: the last one, unless a new one is made."""
+    names = adapter_names(arguments.get("adapter_name_or_path"))
+    return names[-1] if names and not arguments.get("create_new_adapter") else None
+
+
+def loading_settings(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """With which LLaMA-Factory, by its arguments, lets PEFT load adapters."""
+    return {
+        "subfolder": arguments.get("adapter_folder"),
+        "revision": arguments.get("model_revision"),
+        "cache_dir": arguments.get("cache_dir"),
+        "token": arguments.get("hf_hub_token"),
+    }
 
 
 def check_adapter(

@@ -19,7 +19,14 @@ from typing import Any
 
 from kt_sft.config import ConfigError, KTConfig
 from kt_sft.integrations import autoload
-from kt_sft.integrations.adapters import check_adapter, check_dropout, check_resumed
+from kt_sft.integrations.adapters import (
+    adapter_names,
+    check_adapter,
+    check_dropout,
+    check_resumed,
+    continued_adapter,
+    loading_settings,
+)
 from kt_sft.integrations.checkpoints import FoundCheckpoint, check_complete, mark_found, settle_resumed
 from kt_sft.integrations.host_memory import check_parallel, check_training
 from kt_sft.integrations.memory_check import check_before_loading, remember_setup
@@ -236,7 +243,7 @@ def _check_v1_tuning(peft_config: dict[str, Any], is_trainable: bool) -> None:
         )
     if is_trainable and peft_config.get("use_dora"):
         raise ConfigError(f"kt_sft: cannot be combined with use_dora; {_EXCLUDED_FINETUNING_ARGUMENTS['use_dora']}")
-    for adapter in _as_list(peft_config.get("adapter_name_or_path")):
+    for adapter in adapter_names(peft_config.get("adapter_name_or_path")):
         check_adapter(adapter)
 
 
@@ -306,7 +313,7 @@ def _check_model_arguments(model_args: Any) -> None:
     _refuse(model_args, _EXCLUDED_MODEL_ARGUMENTS)
     if model_args.infer_backend != "huggingface":
         raise ConfigError("kt_sft: chat and api run with infer_backend huggingface only; remove infer_backend")
-    adapters = _as_list(model_args.adapter_name_or_path)
+    adapters = adapter_names(model_args.adapter_name_or_path)
     if len({os.path.realpath(adapter) if os.path.isdir(adapter) else adapter for adapter in adapters}) < len(adapters):
         raise ConfigError(f"kt_sft: adapter_name_or_path names an adapter twice ({', '.join(adapters)}); name it once")
     _check_adapters(model_args, adapters)
@@ -315,25 +322,9 @@ def _check_model_arguments(model_args: Any) -> None:
 def _check_adapters(model_args: Any, adapters: Any) -> str | None:
     """Looks at each; returns the name of a tensor of routed experts of the last one, if it has any."""
     key = None
-    for adapter in _as_list(adapters):
-        key = check_adapter(adapter, **_loading_settings(model_args))
+    for adapter in adapter_names(adapters):
+        key = check_adapter(adapter, **loading_settings(vars(model_args)))
     return key
-
-
-def _loading_settings(model_args: Any) -> dict[str, Any]:
-    """With which LLaMA-Factory lets PEFT load adapters."""
-    return {
-        "subfolder": model_args.adapter_folder,
-        "revision": model_args.model_revision,
-        "cache_dir": model_args.cache_dir,
-        "token": model_args.hf_hub_token,
-    }
-
-
-def _as_list(paths: Any) -> list[str]:
-    if paths is None:
-        return []
-    return [path.strip() for path in paths.split(",")] if isinstance(paths, str) else list(paths)
 
 
 def _check_other_adapters(model_args: Any, finetuning_args: Any) -> None:
@@ -371,8 +362,8 @@ def _check_trained_adapter(model_args: Any, finetuning_args: Any, training_args:
         return
     settings = config_of(model_args)
     assert settings is not None
-    adapters = _as_list(model_args.adapter_name_or_path)
-    continued = adapters[-1] if adapters and not finetuning_args.create_new_adapter else None
+    adapters = adapter_names(model_args.adapter_name_or_path)
+    continued = continued_adapter(vars(model_args) | vars(finetuning_args))
     if continued is not None and settings.lora_experts and _check_adapters(model_args, continued) is None:
         raise ConfigError(
             f"kt_sft: lora_experts is set, but training goes on with the adapter {continued}, which has no weights for "
@@ -380,7 +371,7 @@ def _check_trained_adapter(model_args: Any, finetuning_args: Any, training_args:
         )
     dropout = finetuning_args.lora_dropout if settings.lora_experts else 0.0
     if continued is not None:
-        dropout = trained_dropout(continued, _loading_settings(model_args))
+        dropout = trained_dropout(continued, loading_settings(vars(model_args)))
     merged = [each for each in adapters if each != continued and _check_adapters(model_args, each) is not None]
     check_dropout(dropout, merged, unsloth_gc=model_args.use_unsloth_gc)
     _show_log()

@@ -7,9 +7,15 @@ where it is parsed.
 from __future__ import annotations
 
 import logging
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from kt_sft.config import KTConfig
+from kt_sft.integrations.adapters import continued_adapter, loading_settings
+from kt_sft.integrations.peft_configs import stored_config, trained_dropout
+
+if TYPE_CHECKING:
+    from kt_sft.planning.setup import TrainingSetup
 
 logger = logging.getLogger("kt_sft")
 
@@ -24,15 +30,42 @@ def remember_setup(settings: KTConfig, model_args: Any, *others: Any) -> None:
         model_args: Of the model.
         others: What LLaMA-Factory has parsed besides.
     """
-    from kt_sft.planning.setup import RecipeError, setup_of
+    from kt_sft.planning.setup import RecipeError
 
     if not settings.check_memory or not any(getattr(arguments, "do_train", False) for arguments in others):
         return
     recipe = {key: value for arguments in (*others, model_args) for key, value in vars(arguments).items()}
     try:
-        setattr(model_args, _SETUP, setup_of(recipe))
+        setattr(model_args, _SETUP, setup_with_adapter(recipe))
     except RecipeError as error:  # which LLaMA-Factory takes all the same
         logger.warning("memory is not checked before loading: %s", error)
+
+
+def setup_with_adapter(recipe: Mapping[str, Any]) -> TrainingSetup:
+    """The setup that a recipe, or the parsed arguments as one mapping, describes.
+
+    Where training goes on with an adapter, that has its rank and targets: its config is read, from its folder or the
+    hub's cache.
+
+    Raises:
+        RecipeError: As `setup_of`; or there is no such adapter.
+        ConfigError: As `setup_of`.
+    """
+    from kt_sft.planning.setup import RecipeError, setup_of
+
+    name = continued_adapter(recipe)
+    if name is None:
+        return setup_of(recipe)
+    settings = loading_settings(recipe) | {"local_files_only": True}
+    try:
+        stored = stored_config(name, settings)
+        dropout = stored.get("lora_dropout") or trained_dropout(name, settings)
+    except (ValueError, OSError) as error:
+        raise RecipeError(
+            f"adapter_name_or_path: {str(error).removeprefix('kt_sft: ')}. The run goes on with {name}, so its config "
+            "must be in a folder or in the hub's cache; download it, or set create_new_adapter: true"
+        ) from error
+    return setup_of(recipe, stored | {"lora_dropout": dropout})
 
 
 def check_before_loading(model_args: Any, settings: KTConfig) -> None:

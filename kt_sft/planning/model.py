@@ -98,7 +98,7 @@ def read_model(setup: TrainingSetup) -> ModelFacts:
         RecipeError: There is no such checkpoint, or it has no routed experts.
         CheckpointError, UnsupportedModelError, ConfigError: As loading it would.
     """
-    folder = _folder(setup.model)
+    folder = _folder(setup)
     config, notes = _config(folder, setup)
     source, stored = getattr(config, "quantization_config", None), False
     if source is not None:
@@ -170,18 +170,19 @@ def _slots(config: Any) -> int:
     raise RecipeError(f"the config does not say how many experts a token has; looked for {', '.join(names)}")
 
 
-def _folder(name: str) -> Path:
-    folder = Path(name)
+def _folder(setup: TrainingSetup) -> Path:
+    name, folder = setup.model, Path(setup.model)
     if folder.is_dir():
         return folder
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, local_files_only=True))
+        return Path(snapshot_download(name, revision=setup.revision, cache_dir=setup.cache_dir, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError, OSError) as error:
         raise RecipeError(
-            f"model_name_or_path: {name} is neither a folder nor in the hub's cache. A plan needs config.json and the "
+            f"model_name_or_path: {name} (model_revision: {setup.revision}) is neither a folder nor in the "
+            f"hub's cache{'' if setup.cache_dir is None else f' {setup.cache_dir}'}. A plan needs config.json and the "
             "safetensors files' headers; download the model, or give a folder that holds them"
         ) from error
 
@@ -232,14 +233,17 @@ def _build(config: PreTrainedConfig, setup: TrainingSetup, dtype: torch.dtype) -
 
 
 def targets_of(model: nn.Module, setup: TrainingSetup, experts: Sequence[str]) -> dict[str, Any]:
-    """The linear modules that get adapters, by name; as LLaMA-Factory chooses them, "all" without the output layer."""
+    """The linear modules that get adapters, by name; as LLaMA-Factory chooses them, "all" without the output layer.
+
+    Other targets are names or the ends of names, as PEFT takes them.
+    """
     found = {}
     for name, module in model.named_modules():
         if "Linear" not in type(module).__name__ or any(name.startswith(f"{e}.") for e in experts):
             continue
         if setup.freezes_vision and _VISION.search(name):
             continue
-        last = name.rpartition(".")[2]
-        if ("lm_head" not in name) if setup.targets == ("all",) else last in setup.targets:
+        named = any(f".{name}".endswith(f".{target}") for target in setup.targets)
+        if ("lm_head" not in name) if setup.targets == ("all",) else named:
             found[name] = module
     return found

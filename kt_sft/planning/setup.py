@@ -37,12 +37,13 @@ DEFAULTS: dict[str, Any] = {
     "freeze_vision_tower": True,
     "use_cpu": False,
     "trust_remote_code": False,
+    "model_revision": "main",
+    "create_new_adapter": False,
 }
 
 #: What changes memory in ways that are not worked out here: key -> what of it is left out.
 UNMODELLED = {
     "additional_target": "modules that are trained whole (additional_target)",
-    "adapter_name_or_path": "adapters that are merged or trained on (the recipe's rank and targets are taken)",
     "deepspeed": "what DeepSpeed shards or offloads",
     "enable_liger_kernel": "what Liger kernels save",
     "predict_with_generate": "the caches of generation",
@@ -57,6 +58,10 @@ UNMODELLED = {
 
 #: Sequences that an example makes, where it is not one.
 _SEQUENCES = {"rm": 2, "dpo": 2, "kto": 2}
+
+
+#: How messages name an adapter's rank.
+_RANK = "r in the config of the adapter that training goes on with"
 
 
 class RecipeError(ValueError):
@@ -89,6 +94,8 @@ class TrainingSetup:
         freezes_vision: Whether "all" leaves vision towers out.
         on_cpu: Whether an accelerator, if there is one, is left idle.
         trust_remote_code: Whether code of the model's folder may run.
+        revision: Of the model on the hub.
+        cache_dir: Where the hub's files are kept; None for its own place.
         unmodelled: What the recipe asks for that is not worked out, in words.
     """
 
@@ -113,6 +120,8 @@ class TrainingSetup:
     freezes_vision: bool = True
     on_cpu: bool = False
     trust_remote_code: bool = False
+    revision: str = "main"
+    cache_dir: str | None = None
     unmodelled: tuple[str, ...] = ()
 
     @property
@@ -149,25 +158,36 @@ def read_recipe(path: Path, overrides: Mapping[str, Any] | None = None) -> dict[
     return recipe
 
 
-def setup_of(recipe: Mapping[str, Any]) -> TrainingSetup:
+def setup_of(recipe: Mapping[str, Any], adapter: Mapping[str, Any] | None = None) -> TrainingSetup:
     """The setup that a recipe, or the parsed arguments as one mapping, describes.
 
+    Args:
+        recipe: Its keys.
+        adapter: The config of the adapter that training goes on with, as PEFT stores it: it, not the recipe, says then
+            what is trained.
+
     Raises:
-        RecipeError: A number is none, or the recipe does not train LoRA.
+        RecipeError: A number is none, or the recipe or the adapter does not train LoRA.
         ConfigError: The `kt_sft:` block is not possible.
     """
     keys = DEFAULTS | {key: value for key, value in recipe.items() if value is not None}
     if keys["finetuning_type"] != "lora":
         raise RecipeError(f"finetuning_type {keys['finetuning_type']} cannot be planned: kt_sft trains LoRA only")
+    if adapter is not None:
+        keys |= _trained(adapter, keys["lora_target"])
+    settings = KTConfig.from_dict(keys["kt_sft"])
+    if adapter is not None:
+        settings = dataclasses.replace(settings, lora_experts=bool(adapter.get("target_parameters")))
     stage = str(keys["stage"])
     autocast = "bfloat16" if keys["bf16"] else "float16" if keys["fp16"] else None
     optimizer = keys["optim"]
     unmodelled = [what for key, what in UNMODELLED.items() if keys.get(key)]
+    unmodelled += _unmodelled_adapters(keys, adapter)
     if stage not in ("pt", "sft"):
         unmodelled.append(f"the loss of stage {stage}, and passes that it makes besides")
     return TrainingSetup(
         model=str(keys["model_name_or_path"]),
-        settings=KTConfig.from_dict(keys["kt_sft"]),
+        settings=settings,
         stage=stage,
         cutoff=_count(keys, "cutoff_len"),
         batch=_count(keys, "per_device_train_batch_size") * sequences_of(stage),
@@ -187,8 +207,40 @@ def setup_of(recipe: Mapping[str, Any]) -> TrainingSetup:
         freezes_vision=bool(keys["freeze_vision_tower"]),
         on_cpu=bool(keys["use_cpu"]),
         trust_remote_code=bool(keys["trust_remote_code"]),
+        revision=str(keys["model_revision"]),
+        cache_dir=None if keys.get("cache_dir") is None else str(keys["cache_dir"]),
         unmodelled=tuple(unmodelled),
     )
+
+
+def _trained(adapter: Mapping[str, Any], lora_target: Any) -> dict[str, Any]:
+    """What an adapter's config says in place of the recipe's keys."""
+    kind = adapter.get("peft_type", "LORA")
+    if kind != "LORA":
+        raise RecipeError(f"the adapter that training goes on with is of the kind {kind}: kt_sft trains LoRA only")
+    targets = adapter.get("target_modules") or []
+    return {
+        "lora_rank": _count({_RANK: adapter.get("r")}, _RANK),
+        "lora_target": lora_target if isinstance(targets, str) else targets,
+        "lora_dropout": adapter.get("lora_dropout") or 0.0,
+        "freeze_vision_tower": False,  # the names say what is trained
+    }
+
+
+def _unmodelled_adapters(keys: Mapping[str, Any], adapter: Mapping[str, Any] | None) -> list[str]:
+    names = _names(keys.get("adapter_name_or_path") or [])
+    found = []
+    if len(names) > 1 or (names and keys["create_new_adapter"]):
+        found.append("merging of adapters before training")
+    if adapter is None:
+        return found
+    if isinstance(adapter.get("target_modules"), str):
+        found.append("the pattern by which the trained adapter names its modules (lora_target is taken)")
+    if adapter.get("rank_pattern"):
+        found.append(f"ranks of single modules of the trained adapter (all have rank {adapter['r']} here)")
+    if adapter.get("modules_to_save"):
+        found.append("modules that the adapter trains whole (modules_to_save)")
+    return found
 
 
 def sequences_of(stage: str) -> int:
