@@ -159,7 +159,10 @@ def extend_quantization(module: ModuleType) -> None:
         if settings is None:
             configure(config, tokenizer, model_args, is_trainable, init_kwargs)
             return
+        from kt_sft.loading.sources.methods import check_config
+
         _show_log()
+        check_config(config)  # transformers refuses some of these itself, without a name
         if is_trainable:
             check_before_loading(model_args, settings)
         init_kwargs["quantization_config"] = settings

@@ -36,7 +36,7 @@ from kt_sft.loading.saving import check_target, keep_quantization, state_with_ex
 from kt_sft.loading.sharing import publish_store, shared_store
 from kt_sft.loading.sources.dense import DenseWeight, load_dense, plan_dense, set_aside
 from kt_sft.loading.sources.entries import resolve_storage
-from kt_sft.loading.sources.methods import check_method, fold_tensors
+from kt_sft.loading.sources.methods import check_config, check_method, fold_tensors
 from kt_sft.offload.shared import overlap_shared_experts
 
 # Attributes that transformers itself keeps on a model; nn.Module's annotations know nothing of them.
@@ -114,6 +114,7 @@ class KTQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, device_map: Any = None, **kwargs: Any
     ) -> PreTrainedModel:
         layouts = find_experts(model)
+        check_config(model.config)
         if not layouts and (self._ready or self._source is not None):
             raise ConfigError(
                 f"kt_sft: {type(model).__name__} has no routed experts, and kt_sft reads quantised checkpoints only of "

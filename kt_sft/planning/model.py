@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,11 +33,13 @@ from kt_sft.loading.memory import experts_bytes
 from kt_sft.loading.ready.reading import ReadyStore, dense_quantization, is_store
 from kt_sft.loading.sources.dense import plan_dense
 from kt_sft.loading.sources.entries import QuantisedEntry, keeps, resolve_storage
-from kt_sft.loading.sources.methods import check_method, fold_tensors
+from kt_sft.loading.sources.methods import check_config, check_method, fold_tensors
 from kt_sft.planning.setup import RecipeError, TrainingSetup
 
 #: Model types that transformers has under another name, whose sizes and tensors are the same.
 _SAME_AS = {"kimi_k2": "deepseek_v3"}
+#: Characters of a reason that transformers gives; some name every class that there is.
+_REASON = 300
 #: LLaMA-Factory's `flash_attn` -> transformers' name. Kernels that keep no scores need the same memory.
 ATTENTION = {"disabled": "eager", "sdpa": "sdpa", "fa2": "sdpa", "fa3": "sdpa"}
 _VISION = re.compile(r"(^|\.)(visual|vision_tower|vision_model|audio_tower|multi_modal_projector)\.")
@@ -100,6 +103,7 @@ def read_model(setup: TrainingSetup) -> ModelFacts:
     """
     folder = _folder(setup)
     config, notes = _config(folder, setup)
+    check_config(config)
     source, stored = getattr(config, "quantization_config", None), False
     if source is not None:
         source = dict(source if isinstance(source, Mapping) else source.to_dict())
@@ -111,7 +115,7 @@ def read_model(setup: TrainingSetup) -> ModelFacts:
     ready = ReadyStore(checkpoint, source) if stored else None
     if source is not None:
         checkpoint.tensors = fold_tensors(checkpoint.tensors, source)
-    model = _build(config, setup, _dtype(config, checkpoint))
+    model = _build(config, setup, _dtype(config, checkpoint), folder)
     layouts = find_experts(model)
     if not layouts:
         raise RecipeError(
@@ -193,17 +197,18 @@ def _config(folder: Path, setup: TrainingSetup) -> tuple[PreTrainedConfig, list[
     except (OSError, ValueError) as error:
         raise RecipeError(f"{folder / 'config.json'} cannot be read as JSON: {error}") from error
     kind = found.get("model_type") if isinstance(found, dict) else None
-    if kind in _SAME_AS:
-        other = _SAME_AS[kind]
-        keys = {key: value for key, value in found.items() if key not in ("model_type", "auto_map")}
-        note = (
-            f"model_type {kind} is planned as {other}, whose layers are the same; transformers has no class of its own"
-        )
-        return AutoConfig.for_model(other, **keys), [note]
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=setup.trust_remote_code), []
-    except (ValueError, OSError, KeyError) as error:
-        raise RecipeError(f"{folder / 'config.json'}: transformers cannot make a model of it: {error}") from error
+        if kind not in _SAME_AS:
+            code = {"trust_remote_code": setup.trust_remote_code, "cache_dir": setup.cache_dir}
+            return AutoConfig.from_pretrained(folder, **code), []
+        keys = {key: value for key, value in found.items() if key not in ("model_type", "auto_map")}
+        config = AutoConfig.for_model(_SAME_AS[kind], **keys)
+    except Exception as error:  # a config's own code may raise anything
+        raise _no_model(folder, error) from error
+    other = _SAME_AS[kind]
+    return config, [
+        f"model_type {kind} is planned as {other}, whose layers are the same; transformers has no class of its own"
+    ]
 
 
 def _dtype(config: PreTrainedConfig, checkpoint: Checkpoint) -> torch.dtype:
@@ -217,19 +222,30 @@ def _dtype(config: PreTrainedConfig, checkpoint: Checkpoint) -> torch.dtype:
     return torch.bfloat16 if dtype.itemsize == 1 else dtype
 
 
-def _build(config: PreTrainedConfig, setup: TrainingSetup, dtype: torch.dtype) -> PreTrainedModel:
+def _build(config: PreTrainedConfig, setup: TrainingSetup, dtype: torch.dtype, folder: Path) -> PreTrainedModel:
     classes = (
         AutoModelForImageTextToText
         if type(config) in AutoModelForImageTextToText._model_mapping
         else AutoModelForCausalLM
     )
-    asked = ATTENTION.get(setup.attention)
-    arguments = {"dtype": dtype, "trust_remote_code": setup.trust_remote_code}
-    with torch.device("meta"):
+    asked, failure = ATTENTION.get(setup.attention), None
+    for attention in ({"attn_implementation": asked} if asked else {}, {"attn_implementation": "eager"}):
         try:
-            return classes.from_config(config, **arguments, **({"attn_implementation": asked} if asked else {}))
-        except (ValueError, ImportError):
-            return classes.from_config(config, **arguments, attn_implementation="eager")
+            with torch.device("meta"):
+                return classes.from_config(config, dtype=dtype, trust_remote_code=setup.trust_remote_code, **attention)
+        except Exception as error:  # a model's own code may raise anything
+            failure = error
+    raise _no_model(folder, failure) from failure
+
+
+def _no_model(folder: Path, failure: Exception | None) -> RecipeError:
+    """The error of a config of which transformers, or a model's own code, makes no model."""
+    reason = textwrap.shorten(str(failure), _REASON) or repr(failure)
+    return RecipeError(
+        f"{folder / 'config.json'}: transformers makes no language model of it: {reason.rstrip('.')}; a plan needs a "
+        "model, with or without images, of a class that transformers has, or with trust_remote_code: true the folder, "
+        "so take such a model, or put the config right"
+    )
 
 
 def targets_of(model: nn.Module, setup: TrainingSetup, experts: Sequence[str]) -> dict[str, Any]:

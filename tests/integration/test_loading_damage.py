@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import threading
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import pytest
 import torch
 import transformers
 from checkpoints import EXPERT, load, set_matrix, set_value, stores
+from trainers import train_model
 from transformers import AutoModelForCausalLM
 
 from kt_sft.config import ConfigError, KTConfig
@@ -230,3 +232,19 @@ class TestInterruption:
         with pytest.raises(KeyboardInterrupt):
             load(checkpoint)
         assert len(began) <= readers
+
+
+@pytest.mark.parametrize("keys", [["quantization"], ["quantization", "quantization_config"]])
+def test_what_mlx_has_quantised_is_refused_by_name(
+    checkpoint: Path, parse: Callable[..., Any], keys: list[str]
+) -> None:
+    """Old versions of it write one key, newer ones both, of which transformers itself refuses the second, unnamed."""
+    file = checkpoint / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {key: {"group_size": 64, "bits": 4} for key in keys}))
+    refused = r"quantised \(MLX\) with quantization: bits 4, group_size 64, .*; take or make a BF16 copy"
+    with pytest.raises(ConfigError, match=refused):
+        train_model(parse, model_name_or_path=str(checkpoint), kt_sft={})
+    if keys == ["quantization"]:
+        with pytest.raises(ConfigError, match=refused):
+            load(checkpoint)

@@ -105,6 +105,30 @@ def test_what_does_not_fit_ends_with_1(invoke: Callable[..., Any], tmp_path: Pat
 
 
 @pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "t5"}, "config.json: transformers makes no language model of it: Unrecognized configuration"),
+        ({"num_attention_heads": 0}, "config.json: transformers makes no language model of it: integer division"),
+        (
+            {"hidden_size": "wide"},
+            "config.json: transformers makes no language model of it: Validation error for field",
+        ),
+        ({"quantization": {"group_size": 64, "bits": 4}}, "quantised (MLX) with quantization: bits 4, group_size 64"),
+        ({"quantization_config": {"group_size": 32, "bits": 8}}, "quantised (MLX) with quantization_config: bits 8"),
+    ],
+)
+def test_configs_that_are_of_no_use_end_with_2(
+    invoke: Callable[..., Any], checkpoint: Path, config: dict[str, Any], message: str
+) -> None:
+    file = checkpoint / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | config))
+    result = invoke(model_name_or_path=str(checkpoint))
+    assert result.exit_code == 2, result.exception
+    assert message in result.stderr
+    assert "take " in result.stderr
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["cutoff_len"], "'cutoff_len' is no key=value"),

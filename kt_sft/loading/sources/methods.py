@@ -16,6 +16,24 @@ from kt_sft.loading.sources import fp8, gptq, int4, mxfp4
 _WAY_OUT = "take or make a BF16 copy of the model"
 
 
+def check_config(config: Any) -> None:
+    """Refuses a checkpoint that MLX has quantised, whose config names no method that one could look for.
+
+    It says `bits` and `group_size` under `quantization`, in later versions also under `quantization_config`:
+    https://github.com/ml-explore/mlx-lm/blob/main/mlx_lm/utils.py.
+
+    Args:
+        config: Of the model.
+
+    Raises:
+        ConfigError: It is one.
+    """
+    for key in ("quantization", "quantization_config"):
+        found = getattr(config, key, None)
+        if isinstance(found, Mapping) and {"bits", "group_size"} <= found.keys() and "quant_method" not in found:
+            raise _refuse("MLX", f"{key}: bits {found['bits']!r}, group_size {found['group_size']!r}")
+
+
 def check_method(quantization: Mapping[str, Any]) -> None:
     """Refuses what cannot be read, before any file is.
 
