@@ -60,8 +60,9 @@ class KTConfig(QuantizationConfigMixin):
             Few tokens for an expert, which wait for memory anyway, and backward are computed as with "bf16".
         store: Where a checkpoint's experts are kept: "resident", in memory of their own; "mapped", in the checkpoint's
             files, of which the system keeps in memory what there is room for; "auto", resident where they fit the
-            memory that is available, and mapped otherwise. Mapped are rows that the engine reads as they lie on disk
-            (docs/settings.md); their values are not checked, and the files must stay as they are.
+            memory that is available beside all else (in training what is predicted, too), and mapped otherwise. Mapped
+            are rows that the engine reads as they lie on disk (docs/settings.md); their values are not checked, and the
+            files must stay as they are.
         num_threads: Engine threads. None: the CPUs this process may use, divided among the processes of this machine.
         activation_policy: "retain" keeps the experts' gate and up activations for backward (2·S·I·2 bytes a layer,
             S routed rows, I expert intermediate size), and their forward is not run a second time where layers are
