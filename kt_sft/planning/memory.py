@@ -178,6 +178,7 @@ def memory_of(
     optimizer = {"linear": int(linear * state), "routed": int(routed * state)}
     copies = sum(2 * _of_experts(layout, setup.rank + setup.rank % 2) for layout in facts.layouts.values())
     kept, spared = host_activations(facts, setup, on_device=on_device)
+    heap = 0 if on_device else int(cost.heap_bytes)
     loading = 0 if is_mapped else facts.staged_bytes * min(_MOST_READERS, 2 * machine.threads)
     host = Terms(
         experts=facts.bytes_beside_files if is_mapped else facts.experts_bytes,
@@ -185,10 +186,11 @@ def memory_of(
         activations=kept,
         buffers=max(
             *(scratch_bytes(layout, facts.slots, setup, machine) for layout in facts.layouts.values()),
-            loading - kept - (0 if on_device else int(cost.heap_bytes)),
+            loading - kept - heap,
         ),
         base=base,
     )
+    spared = min(spared, kept + heap + host.buffers - loading)  # what loading takes cannot be given up
     model = Terms(dense=facts.dense_bytes, lora=lora["linear"], optimizer=optimizer["linear"])
     model = dataclasses.replace(
         model, activations=int((cost.peak_bytes if on_device else cost.heap_bytes) * in_flight(setup, on_device))

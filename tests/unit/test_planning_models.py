@@ -136,6 +136,7 @@ def test_loading_takes_memory_where_weights_are_quantised_again(
     if settings:
         # Sixteen readers, while there is nothing of a step yet.
         assert memory.host.buffers == 16 * facts.staged_bytes - memory.host.activations
+        assert memory.host_least == memory.host_need  # what is kept for backward comes later
     else:
         assert memory.host.buffers < 2 * 64 << 20
 
