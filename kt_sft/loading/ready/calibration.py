@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from kt_sft.config import ConfigError, KTConfig
 from kt_sft.engine.store import LayerStore
 from kt_sft.experts import CpuExperts
+from kt_sft.loading.biases import read_bias
 from kt_sft.loading.errors import CheckpointError
-from kt_sft.loading.mapping import MatrixRead, ModulePlan, read_bias
+from kt_sft.loading.mapping import MatrixRead, ModulePlan
 from kt_sft.loading.ready.feedback import FEEDBACK_FORMATS, inverse_factor, lost, quantise
 from kt_sft.loading.ready.hashing import hash_file
 from kt_sft.loading.ready.planning import read_settings
