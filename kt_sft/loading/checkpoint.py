@@ -8,6 +8,7 @@ Format: https://huggingface.co/docs/safetensors/index#format (8 bytes little-end
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import reprlib
@@ -19,7 +20,11 @@ from typing import Any
 
 import torch
 
+from kt_sft.config import local_rank_and_size
 from kt_sft.loading.errors import CheckpointError
+from kt_sft.loading.ready.hashing import hash_span
+
+logger = logging.getLogger("kt_sft")
 
 #: The limit of the safetensors library itself; that of an index, too.
 MAX_HEADER_BYTES = 100_000_000
@@ -278,7 +283,9 @@ class Checkpoint:
 
         Raises:
             CheckpointError: A file is missing, damaged, no safetensors or, by its name or as a symbolic link, in
-                another place; a tensor appears twice; the index and the files disagree.
+                another place; a tensor is there twice with different values; the index names a tensor or a file that is
+                not there. In which of the files a tensor is, the files say, as for transformers; where the index says
+                another one, that is logged.
         """
         self.files = tuple(os.fspath(file) for file in files)
         self.tensors: dict[str, TensorEntry] = {}
@@ -299,8 +306,12 @@ class Checkpoint:
         if not os.path.exists(file):
             raise CheckpointError(f"{file}: the checkpoint names this file, but it does not exist")
         for key, entry in read_header(file).items():
-            if key in self.tensors:
-                raise CheckpointError(f"tensor {key} appears twice, in {self.tensors[key].path} and in {file}")
+            before = self.tensors.get(key)
+            if before is not None and not _same_values(before, entry):
+                raise CheckpointError(
+                    f"tensor {key} appears twice with different values, in {before.path} and in {file}, and nothing "
+                    "says which are right; copy or download the checkpoint again, without files of another one"
+                )
             self.tensors[key] = entry
 
     def _indexes(self) -> list[Path]:
@@ -320,7 +331,28 @@ class Checkpoint:
             raise CheckpointError(f"{index}: no readable index of tensors (weight_map does not name files)")
         if {*weight_map.values()}.isdisjoint(os.path.basename(file) for file in self.files):
             return  # the index of another checkpoint in the same folder
+        self._check_map(index, weight_map)
+
+    def _check_map(self, index: Path, weight_map: Mapping[str, str]) -> None:
+        names, elsewhere = {os.path.basename(file) for file in self.files}, []
         for key, name in weight_map.items():
             entry = self.tensors.get(key)
-            if entry is None or os.path.basename(entry.path) != name:
-                raise CheckpointError(f"{index}: says that {name} holds tensor {key}, which it does not")
+            if entry is None or name not in names:
+                what = "no file of the checkpoint holds it" if entry is None else "there is no such file"
+                raise CheckpointError(
+                    f"{index}: says that {name} holds tensor {key}, but {what}; copy or download the checkpoint again"
+                )
+            if os.path.basename(entry.path) != name:
+                elsewhere.append((entry, name))
+        if elsewhere and local_rank_and_size()[0] == 0:
+            entry, name = elsewhere[0]
+            found, more = os.path.basename(entry.path), f", and {len(elsewhere) - 1} more" if elsewhere[1:] else ""
+            logger.warning(
+                "%s: says that %s holds tensor %s, which is read from %s%s", index, name, entry.key, found, more
+            )
+
+
+def _same_values(one: TensorEntry, other: TensorEntry) -> bool:
+    if (one.dtype_name, one.shape) != (other.dtype_name, other.shape):
+        return False
+    return hash_span(one.path, one.offset, one.nbytes) == hash_span(other.path, other.offset, other.nbytes)
