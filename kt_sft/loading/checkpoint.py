@@ -22,6 +22,7 @@ import torch
 
 from kt_sft.config import local_rank_and_size
 from kt_sft.loading.errors import CheckpointError
+from kt_sft.loading.hub import snapshot_of
 from kt_sft.loading.ready.hashing import hash_span
 
 logger = logging.getLogger("kt_sft")
@@ -262,8 +263,8 @@ def _check_place(file: str, folder: str) -> None:
     real, home = Path(os.path.realpath(file)), Path(os.path.realpath(folder))
     if real.is_relative_to(home):
         return
-    snapshots = next((parent for parent in home.parents if parent.name == "snapshots"), None)
-    if snapshots is not None and real.is_relative_to(os.path.realpath(snapshots.parent / "blobs")):
+    snapshot = snapshot_of(home)
+    if snapshot is not None and real.is_relative_to(os.path.realpath(snapshot.repository / "blobs")):
         return
     raise CheckpointError(
         f"{file}: is at {real}, outside the model's folder {home}; put the file itself there, or load the model from "

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import checkpoints
 import pytest
 import torch
 from checkpoints import load, same_experts, stores
@@ -32,13 +33,7 @@ class TestLinks:
     @pytest.fixture
     def cached(self, tiny_moe: Path, tmp_path: Path) -> Path:
         """A snapshot as huggingface_hub keeps it."""
-        snapshot, blobs = (tmp_path / "models--org--tiny" / name for name in ("snapshots/1a2b", "blobs"))
-        snapshot.mkdir(parents=True)
-        blobs.mkdir()
-        for number, file in enumerate(sorted(tiny_moe.iterdir())):
-            shutil.copy(file, blobs / f"{number:064}")
-            (snapshot / file.name).symlink_to(f"../../blobs/{number:064}")
-        return snapshot
+        return checkpoints.cached(tiny_moe, tmp_path, "org/tiny")
 
     @pytest.mark.parametrize("store", ["resident", "mapped"])
     def test_the_hubs_cache_is_loaded_and_exported(

@@ -24,6 +24,7 @@ from kt_sft.engine.store import LayerStore
 from kt_sft.engine.stored import copy_stored
 from kt_sft.loading.checkpoint import TensorEntry, identity_of
 from kt_sft.loading.errors import CheckpointError
+from kt_sft.loading.hub import model_name
 from kt_sft.loading.mapping import MatrixRead, ModulePlan
 from kt_sft.loading.memory import readable
 from kt_sft.loading.ready.hashing import Advance, hash_file, hash_span, hash_tensors, nothing
@@ -342,7 +343,7 @@ class StoreWriter:
         others = {}
         for name in sorted((*plan.others, "config.json", "model.safetensors.index.json")):
             others[name] = OtherFile((self._store / name).stat().st_size, hash_file(self._store / name))
-        source = {"name": plan.source.resolve().name, "sha256": plan.source_sha256, "quantization": plan.quantization}
+        source = {"name": model_name(plan.source), "sha256": plan.source_sha256, "quantization": plan.quantization}
         plans = [file.plan for file in plan.files if file.plan is not None]
         calibration = self._filler.calibration(plan.settings["calibration"], plans)
         manifest = Manifest(
