@@ -1,11 +1,16 @@
-"""Models that are named by a repository's id on the hub: their folder in its cache."""
+"""Models that are named by a repository's id on the hub: their folder in its cache, and what it lacks of them."""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from kt_sft.config import ConfigError
+
+logger = logging.getLogger("kt_sft")
 
 _PREFIX = "models--"
 
@@ -56,3 +61,32 @@ def model_name(folder: Path) -> str:
     """What a model is called: the id of its repository or, elsewhere, its folder's name."""
     snapshot = snapshot_of(folder)
     return (snapshot.name if snapshot is not None else None) or folder.resolve().name
+
+
+def complete_snapshot(folder: Path, names: Sequence[str], hub: Mapping[str, Any]) -> None:
+    """Downloads files that belong to a model into its snapshot, where this is one and they are not there yet.
+
+    transformers downloads only files that it knows. What the hub has not, or cannot give now, stays away.
+
+    Args:
+        folder: Of the model's weights.
+        names: Of the files.
+        hub: Keyword arguments of `from_pretrained` that say how to reach the hub.
+    """
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    snapshot = snapshot_of(folder)
+    if snapshot is None or snapshot.name is None:
+        return
+    revision, cache = snapshot.folder.name, snapshot.repository.parent
+    for path in (folder / name for name in names):
+        file = path.relative_to(snapshot.folder).as_posix()
+        if try_to_load_from_cache(snapshot.name, file, cache_dir=cache, revision=revision) is not None:
+            continue  # it is there, or the cache knows that the hub has none
+        try:
+            hf_hub_download(snapshot.name, file, cache_dir=cache, revision=revision, **hub)
+        except LocalEntryNotFoundError:
+            logger.info("the hub is out of reach, and its cache does not say whether %s has %s", snapshot.name, file)
+        except OSError as error:  # there is none, or no access
+            logger.debug("%s has no %s: %s", snapshot.name, file, error)
