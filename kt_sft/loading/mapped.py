@@ -15,6 +15,7 @@ from kt_sft.engine.readahead import Neighbours, Reader
 from kt_sft.engine.store import LayerStore, MappedFile
 from kt_sft.loading.errors import CheckpointError, NotEnoughMemoryError
 from kt_sft.loading.mapping import MatrixRead, ModulePlan
+from kt_sft.loading.ready.names import MARK
 from kt_sft.loading.ready.reading import StoredEntry
 from kt_sft.loading.sources.entries import CodesInFile, QuantisedEntry, keeps
 
@@ -50,7 +51,7 @@ def decide_mapped(
     if wanted == "mapped":
         found = obstacle(plans, storages)
         if found is not None:
-            raise ConfigError(f"kt_sft: store 'mapped' is not possible: {found}; set store: auto or resident")
+            raise refusal(found)
         mapped()
         return True
     try:
@@ -71,28 +72,46 @@ def decide_mapped(
 
 
 def obstacle(plans: Sequence[ModulePlan], storages: Storages) -> str | None:
-    """Why the experts of `plans` cannot be mapped as they are to be stored; None if they can."""
+    """Why the experts of `plans` cannot be mapped as they are to be stored, and what to do; None if they can."""
     for plan in plans:
         for read in plan.reads:
-            found = _obstacle(read, storages[plan.name])
+            entry, storage = read.view.entry, storages[plan.name]
+            found = _obstacle(read, storage)
             if found is not None:
-                return f"{read.view.entry.path}: tensor {read.view.entry.key} {found}"
+                return f"{entry.path}: tensor {entry.key} holds {found}; {_way_out(read, storage)}"
     return None
+
+
+def refusal(found: str) -> ConfigError:
+    """The error for experts that should be mapped and cannot: `found` is from `obstacle`."""
+    return ConfigError(f"kt_sft: store 'mapped' is not possible: {found}, or set store: auto or resident")
 
 
 def _obstacle(read: MatrixRead, storage: Mapping[str, Any]) -> str | None:
     view, entry, wanted = read.view, read.view.entry, storage["expert_format"]
     if isinstance(entry, QuantisedEntry):
         if not keeps(entry, storage):
-            return f"holds {entry.description}, which is to be quantised again to {wanted}"
-        return f"holds {entry.description} packed along the other axis" if entry.turns else None
+            return f"{entry.description}, which is to be quantised again to {wanted}"
+        return f"{entry.description}, packed along the other axis than the engine reads" if entry.turns else None
     if _FORMATS.get(entry.dtype_name) != wanted:
-        return f"holds {entry.dtype_name} values, not rows of {wanted}"
+        return f"{entry.dtype_name} values, which are to be stored as {wanted}"
     if view.col_stride != 1:
-        return f"holds the {read.matrix} matrix transposed"
+        return f"{entry.dtype_name} values, the {read.matrix} matrix transposed"
     if view.offset % 2:
-        return "begins at an odd byte of the file"
+        return f"{entry.dtype_name} values that begin at an odd byte of the file"
     return None
+
+
+def _way_out(read: MatrixRead, storage: Mapping[str, Any]) -> str:
+    """What makes experts with an obstacle ones that can be mapped."""
+    entry = read.view.entry
+    own = entry.storage if isinstance(entry, QuantisedEntry) else {"expert_format": "bf16"}
+    as_it_is = own is not None and _obstacle(read, own) is None
+    ways = ["leave out expert_format, group_size and zero_point, so that it is taken as it is"] if as_it_is else []
+    if not isinstance(entry, StoredEntry) and MARK not in entry.key:  # no store is made of a store
+        options = "auto" if isinstance(entry, QuantisedEntry) and keeps(entry, storage) else storage["expert_format"]
+        ways.append(f"make a ready store of it, which can be mapped (kt-sft quantize --format {options})")
+    return ", or ".join(ways)
 
 
 def map_files(work: Sequence[tuple[ModulePlan, LayerStore]]) -> None:

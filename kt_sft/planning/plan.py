@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from kt_sft.config import ConfigError
+from kt_sft.loading.mapped import refusal
 from kt_sft.planning.activations import ActivationError, Cost, step_cost
 from kt_sft.planning.machine import Machine
 from kt_sft.planning.memory import Memory, breakdown, memory_of, unmodelled
@@ -58,7 +58,7 @@ def choose_mapped(facts: ModelFacts, setup: TrainingSetup, resident: Memory, mac
     """
     store = setup.settings.store
     if store == "mapped" and facts.obstacle is not None:
-        raise ConfigError(f"kt_sft: store 'mapped' is not possible: {facts.obstacle}; set store: auto or resident")
+        raise refusal(facts.obstacle)
     if store != "auto":
         return store == "mapped"
     have = machine.host_bytes
