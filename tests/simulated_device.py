@@ -101,6 +101,9 @@ class SimulatedDevice:
         self._put(stream, event.complete)
         return event
 
+    def record_for_host(self, stream: Stream) -> Event:
+        return self.record(stream)
+
     def wait(self, stream: Stream, event: Event) -> None:
         if stream.eager:
             self.synchronize(event)

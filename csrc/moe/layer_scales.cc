@@ -27,15 +27,30 @@ float LargestCode(Format format) {
   return 1.0F;
 }
 
+// Whether all are numbers from 0 (or, if they may be negative, -largest) to largest. As integers, for vectors: NaN and
+// Inf are above any largest one.
+bool ScalesFit(const float* scales, int64_t count, uint32_t largest, uint32_t ignored) {
+  uint32_t bad = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    uint32_t bits;
+    std::memcpy(&bits, scales + i, sizeof(bits));
+    bad |= static_cast<uint32_t>((bits & ~ignored) > largest);
+  }
+  return bad == 0;
+}
+
 void CheckScales(const MatrixView& w, Format format, int64_t rows, int64_t groups) {
   constexpr float kLargestBf16 = 0x1.fep127F;
   const float largest = kLargestBf16 / LargestCode(format);
   // Where codes reach further on one side, a negative scale turns them round.
   const bool signed_scales = format == Format::kInt4 || format == Format::kNf4;
+  uint32_t largest_bits;
+  std::memcpy(&largest_bits, &largest, sizeof(largest_bits));
   std::vector<float> scales(static_cast<size_t>(groups));
   for (int64_t row = 0; row < rows; row += w.group_rows) {
-    const int64_t band = row / w.group_rows;
     LoadScales(w, row, 0, groups, scales.data());
+    if (ScalesFit(scales.data(), groups, largest_bits, signed_scales ? 0x80000000U : 0U)) continue;
+    const int64_t band = row / w.group_rows;
     for (int64_t g = 0; g < groups; ++g) {
       const float scale = scales[static_cast<size_t>(g)];
       const bool number = w.scale_type != ScaleType::kE8M0 || w.scales[band * w.scale_stride + g] != 255;

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
 
 def quantize(
-    source: Annotated[Path, typer.Argument(help="A folder with a checkpoint: BF16, FP16, FP8, MXFP4, or INT4.")],
+    source: Annotated[
+        str, typer.Argument(help="A checkpoint (BF16, FP16, FP8, MXFP4, INT4): a folder, or an id in the hub's cache.")
+    ],
     target: Annotated[Path, typer.Argument(help="A new folder for the store.")],
     expert_format: Annotated[
         str, typer.Option("--format", help="How experts are stored: int4, int8, nf4, fp8, mxfp4, bf16, or auto.")
@@ -45,6 +47,7 @@ def quantize(
     from kt_sft.config import ConfigError, KTConfig
     from kt_sft.engine.cpus import usable_cpus
     from kt_sft.loading.errors import CheckpointError, NotEnoughMemoryError, UnsupportedModelError
+    from kt_sft.loading.hub import model_folder
     from kt_sft.loading.memory import readable
     from kt_sft.loading.ready.calibration import Calibration, ErrorFeedback, capture, check_format
     from kt_sft.loading.ready.planning import plan_store
@@ -57,7 +60,8 @@ def quantize(
         if calibrate is not None:
             check_format(config.stored_format)
             calibration = Calibration(calibrate, calibrate_tokens)
-        plan = plan_store(source, config, None if calibration is None else calibration.facts())
+        folder = model_folder(source)
+        plan = plan_store(folder, config, None if calibration is None else calibration.facts())
         with _progress(console) as progress:
             task = progress.add_task("Quantising", total=plan.source_bytes, start=False)
             work = incomplete(target) / "calibration"
@@ -76,7 +80,7 @@ def quantize(
                     typer.echo(f"{target} is complete already")
                     return
                 if calibration is not None:
-                    capture(source, calibration, work)
+                    capture(folder, calibration, work)
                 progress.start_task(task)
                 manifest = writer.write()
     except (ConfigError, CheckpointError, UnsupportedModelError, NotEnoughMemoryError, OSError) as error:
@@ -86,7 +90,9 @@ def quantize(
 
 
 def verify(
-    store: Annotated[Path, typer.Argument(help="A folder made by `kt-sft quantize`.")],
+    store: Annotated[
+        str, typer.Argument(help="What `kt-sft quantize` made: a folder, or a repository's id in the hub's cache.")
+    ],
     threads: Annotated[int | None, typer.Option(min=1, help="This process's CPUs if not given.")] = None,
 ) -> None:
     """Read all of a ready store and compare it with the hashes in its manifest.
@@ -94,20 +100,26 @@ def verify(
     Loading compares sizes, shapes and headers every time; this compares every byte. The exit status is 1 for a store
     that is damaged.
     """
+    from kt_sft.config import ConfigError
     from kt_sft.engine.cpus import usable_cpus
     from kt_sft.loading.errors import CheckpointError
+    from kt_sft.loading.hub import model_folder
     from kt_sft.loading.memory import readable
     from kt_sft.loading.ready.manifest import read_manifest
     from kt_sft.loading.ready.verifying import total_bytes, verify_store
 
     console = Console(stderr=True)
     try:
-        manifest = read_manifest(store)
+        folder = model_folder(store)
+        manifest = read_manifest(folder)
         with _progress(console) as progress:
             task = progress.add_task("Verifying", total=total_bytes(manifest))
             defects = verify_store(
-                store, manifest, threads or len(usable_cpus()), lambda count: progress.advance(task, count)
+                folder, manifest, threads or len(usable_cpus()), lambda count: progress.advance(task, count)
             )
+    except ConfigError as error:
+        typer.echo(f"kt-sft verify: {error}", err=True)
+        raise typer.Exit(2) from error
     except CheckpointError as error:
         defects = [str(error)]
     for defect in defects:

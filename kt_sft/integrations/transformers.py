@@ -38,13 +38,16 @@ def extend_models(modeling: ModuleType) -> None:
     Args:
         modeling: The module `transformers.modeling_utils`.
     """
-    _pass_key_mapping(modeling.PreTrainedModel)
+    _pass_arguments(modeling.PreTrainedModel)
     _guard_saving(modeling.PreTrainedModel)
     _remember_checkpointed(modeling.PreTrainedModel)
 
 
-def _pass_key_mapping(model_class: Any) -> None:
-    """Lets the quantizer know the `key_mapping` by which transformers is going to rename the checkpoint's keys."""
+def _pass_arguments(model_class: Any) -> None:
+    """Lets the quantizer know the `key_mapping` by which transformers is going to rename the checkpoint's keys.
+
+    And how to reach the hub, which may have more files for us beside those that transformers downloads.
+    """
     load = model_class.from_pretrained.__func__
 
     @functools.wraps(load)
@@ -52,9 +55,10 @@ def _pass_key_mapping(model_class: Any) -> None:
         config, key_mapping = kwargs.get("quantization_config"), kwargs.get("key_mapping")
         if isinstance(config, Mapping) and config.get("quant_method") == QUANT_METHOD:
             config = KTConfig.from_dict(config)
-        if isinstance(config, KTConfig) and key_mapping:
+        hub = {name: kwargs[name] for name in ("token", "local_files_only") if kwargs.get(name) is not None}
+        if isinstance(config, KTConfig) and (key_mapping or hub):
             kwargs["quantization_config"] = config = copy.copy(config)
-            config.key_mapping = dict(key_mapping)  # type: ignore[attr-defined]
+            config.key_mapping, config.hub = dict(key_mapping or {}), hub  # type: ignore[attr-defined]
         return load(cls, *args, **kwargs)
 
     model_class.from_pretrained = classmethod(from_pretrained)

@@ -8,6 +8,7 @@ Format: https://huggingface.co/docs/safetensors/index#format (8 bytes little-end
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import reprlib
@@ -19,7 +20,12 @@ from typing import Any
 
 import torch
 
+from kt_sft.config import local_rank_and_size
 from kt_sft.loading.errors import CheckpointError
+from kt_sft.loading.hub import snapshot_of
+from kt_sft.loading.ready.hashing import hash_span
+
+logger = logging.getLogger("kt_sft")
 
 #: The limit of the safetensors library itself; that of an index, too.
 MAX_HEADER_BYTES = 100_000_000
@@ -257,8 +263,8 @@ def _check_place(file: str, folder: str) -> None:
     real, home = Path(os.path.realpath(file)), Path(os.path.realpath(folder))
     if real.is_relative_to(home):
         return
-    snapshots = next((parent for parent in home.parents if parent.name == "snapshots"), None)
-    if snapshots is not None and real.is_relative_to(os.path.realpath(snapshots.parent / "blobs")):
+    snapshot = snapshot_of(home)
+    if snapshot is not None and real.is_relative_to(os.path.realpath(snapshot.repository / "blobs")):
         return
     raise CheckpointError(
         f"{file}: is at {real}, outside the model's folder {home}; put the file itself there, or load the model from "
@@ -278,7 +284,9 @@ class Checkpoint:
 
         Raises:
             CheckpointError: A file is missing, damaged, no safetensors or, by its name or as a symbolic link, in
-                another place; a tensor appears twice; the index and the files disagree.
+                another place; a tensor is there twice with different values; the index names a tensor or a file that is
+                not there. In which of the files a tensor is, the files say, as for transformers; where the index says
+                another one, that is logged.
         """
         self.files = tuple(os.fspath(file) for file in files)
         self.tensors: dict[str, TensorEntry] = {}
@@ -299,8 +307,12 @@ class Checkpoint:
         if not os.path.exists(file):
             raise CheckpointError(f"{file}: the checkpoint names this file, but it does not exist")
         for key, entry in read_header(file).items():
-            if key in self.tensors:
-                raise CheckpointError(f"tensor {key} appears twice, in {self.tensors[key].path} and in {file}")
+            before = self.tensors.get(key)
+            if before is not None and not _same_values(before, entry):
+                raise CheckpointError(
+                    f"tensor {key} appears twice with different values, in {before.path} and in {file}, and nothing "
+                    "says which are right; copy or download the checkpoint again, without files of another one"
+                )
             self.tensors[key] = entry
 
     def _indexes(self) -> list[Path]:
@@ -320,7 +332,28 @@ class Checkpoint:
             raise CheckpointError(f"{index}: no readable index of tensors (weight_map does not name files)")
         if {*weight_map.values()}.isdisjoint(os.path.basename(file) for file in self.files):
             return  # the index of another checkpoint in the same folder
+        self._check_map(index, weight_map)
+
+    def _check_map(self, index: Path, weight_map: Mapping[str, str]) -> None:
+        names, elsewhere = {os.path.basename(file) for file in self.files}, []
         for key, name in weight_map.items():
             entry = self.tensors.get(key)
-            if entry is None or os.path.basename(entry.path) != name:
-                raise CheckpointError(f"{index}: says that {name} holds tensor {key}, which it does not")
+            if entry is None or name not in names:
+                what = "no file of the checkpoint holds it" if entry is None else "there is no such file"
+                raise CheckpointError(
+                    f"{index}: says that {name} holds tensor {key}, but {what}; copy or download the checkpoint again"
+                )
+            if os.path.basename(entry.path) != name:
+                elsewhere.append((entry, name))
+        if elsewhere and local_rank_and_size()[0] == 0:
+            entry, name = elsewhere[0]
+            found, more = os.path.basename(entry.path), f", and {len(elsewhere) - 1} more" if elsewhere[1:] else ""
+            logger.warning(
+                "%s: says that %s holds tensor %s, which is read from %s%s", index, name, entry.key, found, more
+            )
+
+
+def _same_values(one: TensorEntry, other: TensorEntry) -> bool:
+    if (one.dtype_name, one.shape) != (other.dtype_name, other.shape):
+        return False
+    return hash_span(one.path, one.offset, one.nbytes) == hash_span(other.path, other.offset, other.nbytes)

@@ -16,6 +16,7 @@ from kt_sft.engine.store import LayerStore, MappedFile
 from kt_sft.loading.errors import CheckpointError, NotEnoughMemoryError
 from kt_sft.loading.mapping import MatrixRead, ModulePlan
 from kt_sft.loading.memory import scales_bytes
+from kt_sft.loading.ready.names import MARK
 from kt_sft.loading.ready.reading import StoredEntry
 from kt_sft.loading.sources.entries import CodesInFile, QuantisedEntry, keeps
 
@@ -41,7 +42,7 @@ def choose_mapped(wanted: str, obstacle: str | None, *, fits: bool) -> bool:
         ConfigError: They should, but cannot.
     """
     if wanted == "mapped" and obstacle is not None:
-        raise ConfigError(f"kt_sft: store 'mapped' is not possible: {obstacle}; set store: auto or resident")
+        raise ConfigError(f"kt_sft: store 'mapped' is not possible: {obstacle}, or set store: auto or resident")
     return wanted == "mapped" or (wanted == "auto" and obstacle is None and not fits)
 
 
@@ -108,12 +109,13 @@ def bytes_beside_files(plans: Sequence[ModulePlan], storages: Storages) -> int:
 
 
 def obstacle(plans: Sequence[ModulePlan], storages: Storages) -> str | None:
-    """Why the experts of `plans` cannot be mapped as they are to be stored; None if they can."""
+    """Why the experts of `plans` cannot be mapped as they are to be stored, and what to do; None if they can."""
     for plan in plans:
         for read in plan.reads:
-            found = _obstacle(read, storages[plan.name])
+            entry, storage = read.view.entry, storages[plan.name]
+            found = _obstacle(read, storage)
             if found is not None:
-                return f"{read.view.entry.path}: tensor {read.view.entry.key} {found}"
+                return f"{entry.path}: tensor {entry.key} holds {found}; {_way_out(read, storage)}"
     return None
 
 
@@ -121,15 +123,27 @@ def _obstacle(read: MatrixRead, storage: Mapping[str, Any]) -> str | None:
     view, entry, wanted = read.view, read.view.entry, storage["expert_format"]
     if isinstance(entry, QuantisedEntry):
         if not keeps(entry, storage):
-            return f"holds {entry.description}, which is to be quantised again to {wanted}"
-        return f"holds {entry.description} packed along the other axis" if entry.turns else None
+            return f"{entry.description}, which is to be quantised again to {wanted}"
+        return f"{entry.description}, packed along the other axis than the engine reads" if entry.turns else None
     if _FORMATS.get(entry.dtype_name) != wanted:
-        return f"holds {entry.dtype_name} values, not rows of {wanted}"
+        return f"{entry.dtype_name} values, which are to be stored as {wanted}"
     if view.col_stride != 1:
-        return f"holds the {read.matrix} matrix transposed"
+        return f"{entry.dtype_name} values, the {read.matrix} matrix transposed"
     if view.offset % 2:
-        return "begins at an odd byte of the file"
+        return f"{entry.dtype_name} values that begin at an odd byte of the file"
     return None
+
+
+def _way_out(read: MatrixRead, storage: Mapping[str, Any]) -> str:
+    """What makes experts with an obstacle ones that can be mapped."""
+    entry = read.view.entry
+    own = entry.storage if isinstance(entry, QuantisedEntry) else {"expert_format": "bf16"}
+    as_it_is = own is not None and _obstacle(read, own) is None
+    ways = ["leave out expert_format, group_size and zero_point, so that it is taken as it is"] if as_it_is else []
+    if not isinstance(entry, StoredEntry) and MARK not in entry.key:  # no store is made of a store
+        options = "auto" if isinstance(entry, QuantisedEntry) and keeps(entry, storage) else storage["expert_format"]
+        ways.append(f"make a ready store of it, which can be mapped (kt-sft quantize --format {options})")
+    return ", or ".join(ways)
 
 
 def map_files(work: Sequence[tuple[ModulePlan, LayerStore]]) -> None:

@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 from transformers.core_model_loading import (
     Concatenate,
@@ -26,6 +25,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
+from kt_sft.loading.biases import adds_nothing
 from kt_sft.loading.checkpoint import Checkpoint, TensorEntry
 from kt_sft.loading.errors import CheckpointError, UnsupportedModelError
 from kt_sft.loading.layout import ExpertLayout
@@ -76,6 +76,8 @@ class ModulePlan:
     reads: tuple[MatrixRead, ...]
     gate_up_bias: TensorEntry | None
     down_bias: TensorEntry | None
+    #: Biases of zeros, for which the model has no place.
+    idle: tuple[TensorEntry, ...] = dataclasses.field(default=(), kw_only=True)
 
     def entries(self) -> dict[str, TensorEntry]:
         """The checkpoint's tensors that feed this module, by key."""
@@ -83,8 +85,9 @@ class ModulePlan:
         return found | {entry.key: entry for entry in (self.gate_up_bias, self.down_bias) if entry is not None}
 
     def stored(self) -> dict[str, TensorEntry]:
-        """The tensors on disk that `entries` are made of, by key."""
-        return {part.key: part for entry in self.entries().values() for part in entry.stored()}
+        """The tensors on disk that `entries` are made of, by key, and those that belong to them and add nothing."""
+        found = {part.key: part for entry in self.entries().values() for part in entry.stored()}
+        return found | {entry.key: entry for entry in self.idle}
 
 
 @dataclass
@@ -116,9 +119,9 @@ def plan_experts(
             or another weight of the block around experts, as its router's, is missing.
         UnsupportedModelError: The checkpoint's layout needs a conversion that is not known here.
     """
-    feeds, others = _collect(model, layouts, checkpoint, conversions)
+    feeds, others, idle = _collect(model, layouts, checkpoint, conversions)
     _check_blocks(model, layouts, others)
-    return [_plan_module(name, layout, feeds) for name, layout in layouts.items()]
+    return [_plan_module(name, layout, feeds, idle[name]) for name, layout in layouts.items()]
 
 
 def check_routers(
@@ -129,7 +132,7 @@ def check_routers(
     Raises:
         CheckpointError: It does, or has weights of experts.
     """
-    feeds, others = _collect(model, layouts, checkpoint, conversions)
+    feeds, others, _ = _collect(model, layouts, checkpoint, conversions)
     for name, feed in feeds.items():
         for tensors in feed.tensors.values():
             entry = next(iter(tensors.values()))
@@ -152,14 +155,15 @@ def feeds_experts(transform: Any, plans: Sequence[ModulePlan]) -> bool:
 
 def _collect(
     model: nn.Module, layouts: Mapping[str, ExpertLayout], checkpoint: Checkpoint, conversions: Sequence[Any]
-) -> tuple[dict[str, _Feed], set[str]]:
-    """What feeds each parameter of experts, and the names of the other tensors that the checkpoint feeds."""
+) -> tuple[dict[str, _Feed], set[str], dict[str, list[TensorEntry]]]:
+    """What feeds each parameter of experts, the names of other tensors that are fed, and what is idle, by module."""
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     prefix, state = getattr(model, "base_model_prefix", None), model.state_dict()
     feeds = {f"{name}.{key}": _Feed() for name, layout in layouts.items() for key in layout.parameter_shapes()}
-    others = set()
+    others: set[str] = set()
+    idle: dict[str, list[TensorEntry]] = defaultdict(list)
     for key, entry in checkpoint.tensors.items():
         target, pattern = rename_source_key(key, renamings, converters, prefix, state)
         if target not in state and key in state:  # as transformers does: a key that should not have been renamed
@@ -172,13 +176,15 @@ def _collect(
             if full_name in feeds:
                 _add(feeds[full_name], converter, pattern, index, entry, full_name)
             elif name := _inside(full_name, layouts):
-                raise CheckpointError(
-                    f"{entry.path}: tensor {key} belongs to the routed experts but is no weight that "
-                    f"{layouts[name].class_name} has"
-                )
+                if not adds_nothing(entry, checkpoint.tensors):
+                    raise CheckpointError(
+                        f"{entry.path}: tensor {key} belongs to the routed experts but is no weight that "
+                        f"{layouts[name].class_name} has"
+                    )
+                idle[name].append(entry)
             else:
                 others.add(full_name)
-    return feeds, others
+    return feeds, others, idle
 
 
 def _check_blocks(model: nn.Module, layouts: Mapping[str, ExpertLayout], fed: set[str]) -> None:
@@ -241,7 +247,9 @@ def _add(
     tensors[index] = entry
 
 
-def _plan_module(name: str, layout: ExpertLayout, feeds: Mapping[str, _Feed]) -> ModulePlan:
+def _plan_module(
+    name: str, layout: ExpertLayout, feeds: Mapping[str, _Feed], idle: Sequence[TensorEntry]
+) -> ModulePlan:
     shapes = layout.parameter_shapes()
     first, down = layout.first_parameter, "down_proj"
     reads = []
@@ -254,7 +262,7 @@ def _plan_module(name: str, layout: ExpertLayout, feeds: Mapping[str, _Feed]) ->
         _bias(f"{name}.{key}_bias", shapes[f"{key}_bias"], feeds[f"{name}.{key}_bias"]) if layout.biased else None
         for key in (first, down)
     ]
-    return ModulePlan(name, layout, tuple(reads), *biases)
+    return ModulePlan(name, layout, tuple(reads), *biases, idle=tuple(idle))
 
 
 def _halves(name: str, layout: ExpertLayout, feed: _Feed) -> list[tuple[MatrixView, ...]]:
@@ -392,17 +400,3 @@ def _bias(full_name: str, shape: tuple[int, ...], feed: _Feed) -> TensorEntry:
             f"{entry.path}: tensor {entry.key} has shape {list(entry.shape)}, the model expects {list(shape)}"
         )
     return entry
-
-
-def read_bias(entry: TensorEntry, layout: ExpertLayout, *, first: bool) -> torch.Tensor:
-    """A bias [E, 2I] with gate columns first (`first`), or [E, H], on the CPU.
-
-    Raises:
-        CheckpointError: It holds a NaN or Inf.
-    """
-    bias = entry.read()
-    if not bool(torch.isfinite(bias).all()):
-        raise CheckpointError(f"{entry.path}: tensor {entry.key} holds NaN or Inf values")
-    if first and layout.gated and layout.interleaved:
-        bias = torch.cat([bias[:, 0::2], bias[:, 1::2]], dim=1)
-    return bias

@@ -15,9 +15,10 @@ from kt_sft.config import local_rank_and_size
 from kt_sft.engine.cpus import usable_cpus
 from kt_sft.engine.job import Following, LostPeerError, Offer, join
 from kt_sft.engine.store import LayerStore
+from kt_sft.loading.biases import read_bias
 from kt_sft.loading.errors import CheckpointError, SharedLoadError
 from kt_sft.loading.mapped import map_files
-from kt_sft.loading.mapping import ModulePlan, read_bias
+from kt_sft.loading.mapping import ModulePlan
 from kt_sft.loading.streaming import stream
 
 logger = logging.getLogger("kt_sft")

@@ -23,14 +23,15 @@ from kt_sft.loading.announce import announce, announce_untouched
 from kt_sft.loading.checkpoint import Checkpoint
 from kt_sft.loading.dense import check_finite
 from kt_sft.loading.errors import CheckpointError, NotEnoughMemoryError
+from kt_sft.loading.hub import complete_snapshot
 from kt_sft.loading.layout import ExpertLayout, find_experts
 from kt_sft.loading.mapped import bytes_beside_files, decide_mapped
 from kt_sft.loading.mapping import ModulePlan, block_of, feeds_experts, plan_experts
 from kt_sft.loading.memory import experts_bytes, not_enough, require_bytes
-from kt_sft.loading.merged_record import read_record, write_record
+from kt_sft.loading.merged_record import RECORD, read_record, write_record
 from kt_sft.loading.merging import merge_saved, merged_changes
 from kt_sft.loading.processes import Loader, loader_for
-from kt_sft.loading.ready.manifest import NOT_SAVED
+from kt_sft.loading.ready.manifest import MANIFEST, NOT_SAVED
 from kt_sft.loading.ready.reading import ReadyStore, dense_quantization, is_store
 from kt_sft.loading.saving import check_target, keep_quantization, state_with_experts
 from kt_sft.loading.sharing import publish_store, shared_store
@@ -125,8 +126,12 @@ class KTQuantizer(HfQuantizer):
         if not checkpoint_files:
             raise ConfigError("kt_sft: experts are loaded from safetensors files; a state_dict cannot be given instead")
         path = model.config.name_or_path
-        checkpoint = Checkpoint(checkpoint_files, path if path and os.path.isdir(path) else None)
-        self._merged_before = read_record(Path(checkpoint_files[0]).parent)
+        local, folder = os.path.isdir(path or ""), Path(checkpoint_files[0]).parent
+        checkpoint = Checkpoint(checkpoint_files, path if local else None)
+        hub = vars(self._config).pop("hub", {})  # which may hold a token: not kept
+        if not local:
+            complete_snapshot(folder, [RECORD, MANIFEST] if self._ready else [RECORD], hub)
+        self._merged_before = read_record(folder)
         ready = ReadyStore(checkpoint, self._source) if self._ready else None
         if self._source is not None:
             checkpoint.tensors = fold_tensors(checkpoint.tensors, self._source)

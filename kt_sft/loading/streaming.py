@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import Any
 
@@ -18,6 +18,11 @@ from kt_sft.loading.threads import one_torch_thread_each
 
 #: Reads in flight. Beyond about this many, disks and page cache serve no faster; each holds one bounded buffer.
 _MAX_READERS = 16
+#: Bytes that one thread reads in a row. Threads that fill matrices side by side touch the same huge page first, and the
+#: system clears one for each of them.
+_STRETCH = 32 << 20
+
+_Job = tuple[MatrixRead, LayerStore, ModulePlan]
 
 
 def stream(work: Sequence[tuple[ModulePlan, LayerStore]], *, shown: bool = True) -> None:
@@ -42,7 +47,7 @@ def stream(work: Sequence[tuple[ModulePlan, LayerStore]], *, shown: bool = True)
         ThreadPoolExecutor(max_workers=readers, thread_name_prefix="kt_sft-reader") as pool,
     ):
         try:
-            futures = [pool.submit(_read, read, store, plan, progress) for read, store, plan in jobs]
+            futures = [pool.submit(_read, stretch, progress) for stretch in _stretches(jobs, total // (8 * readers))]
             for future in wait(futures, return_when=FIRST_EXCEPTION).done:
                 future.result()
         except BaseException:  # also Ctrl-C: without this the pool would first read all that is queued
@@ -54,9 +59,24 @@ def _nbytes(read: MatrixRead) -> int:
     return read.view.rows * read.view.cols * read.view.entry.itemsize
 
 
-def _read(read: MatrixRead, store: LayerStore, plan: ModulePlan, progress: Any) -> None:
-    fill_matrix(read, store, plan)
-    progress.update(_nbytes(read))
+def _stretches(jobs: Sequence[_Job], most: int) -> Iterator[list[_Job]]:
+    """Jobs in a row, about `_STRETCH` or `most` bytes of them at a time."""
+    stretch: list[_Job] = []
+    size = 0
+    for job in jobs:
+        stretch.append(job)
+        size += _nbytes(job[0])
+        if size >= min(_STRETCH, most):
+            yield stretch
+            stretch, size = [], 0
+    if stretch:
+        yield stretch
+
+
+def _read(jobs: Sequence[_Job], progress: Any) -> None:
+    for read, store, plan in jobs:
+        fill_matrix(read, store, plan)
+        progress.update(_nbytes(read))
 
 
 def fill_matrix(read: MatrixRead, store: LayerStore, plan: ModulePlan, place: int | None = None) -> None:

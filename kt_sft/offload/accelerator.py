@@ -6,6 +6,7 @@ others use a simulated device with the same interface.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -13,6 +14,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from kt_sft.offload.host_functions import Signal, handle_of, host_functions_of
 
 #: Seconds between two looks at an event. torch's own wait spins, and would take a CPU from the engine; a layer takes
 #: some milliseconds.
@@ -43,6 +46,9 @@ class Accelerator(Protocol):
     def record(self, stream: Any) -> Any:
         """An event that completes when all that is in `stream` now is done."""
 
+    def record_for_host(self, stream: Any) -> Any:
+        """The same, for a thread of the host that is going to `synchronize`."""
+
     def wait(self, stream: Any, event: Any) -> None:
         """What is put into `stream` from now on runs after `event`."""
 
@@ -68,16 +74,23 @@ class Accelerator(Protocol):
         """Gives pinned memory that nobody uses back to the system."""
 
 
+@dataclasses.dataclass(frozen=True)
+class HostEvent:
+    """An event, and the signal that a stream sets when it completes."""
+
+    event: Any
+    signal: Signal
+
+
 class TorchAccelerator:
     """A device that torch knows: CUDA, ROCm, XPU, NPU.
 
-    Everything goes through what torch offers for all of them. The engine could be started in stream order, without the
-    host's thread and its look at events, by a host function of CUDA that is put into the stream after the copies
-    (cudaLaunchHostFunc); `synchronize` is where that would come in. It is left out as nobody could run it.
+    Everything goes through what torch offers for all of them, but for functions of the host (host_functions.py).
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.host_functions = host_functions_of(device)
 
     def use(self) -> None:
         """As in `Accelerator`."""
@@ -120,6 +133,12 @@ class TorchAccelerator:
         """As in `Accelerator`."""
         return stream.record_event()
 
+    def record_for_host(self, stream: torch.Stream) -> torch.Event | HostEvent:
+        """As in `Accelerator`."""
+        event = self.record(stream)
+        signal = None if self.host_functions is None else self.host_functions.signal(handle_of(stream))
+        return event if signal is None else HostEvent(event, signal)
+
     def wait(self, stream: torch.Stream, event: torch.Event) -> None:
         """As in `Accelerator`."""
         stream.wait_event(event)
@@ -128,8 +147,12 @@ class TorchAccelerator:
         """As in `Accelerator`."""
         return event.query()
 
-    def synchronize(self, event: torch.Event) -> None:
+    def synchronize(self, event: torch.Event | HostEvent) -> None:
         """As in `Accelerator`."""
+        if isinstance(event, HostEvent):
+            assert self.host_functions is not None
+            self.host_functions.wait(event.signal, event.event.query)
+            return
         while not event.query():
             time.sleep(_LOOK)
 

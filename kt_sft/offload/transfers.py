@@ -151,7 +151,7 @@ class DeviceCrossing:
         with accelerator.on(transfers.to_host):
             for target, source in zip(self.sources, converted, strict=True):
                 accelerator.copy(target, source)
-        self._arrived = accelerator.record(transfers.to_host)
+        self._arrived = accelerator.record_for_host(transfers.to_host)
         self._sent: Sequence[Tensor] = converted  # nobody may write to their memory before they have arrived
 
     def _lay_out(

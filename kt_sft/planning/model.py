@@ -26,6 +26,7 @@ from transformers import (
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from kt_sft.loading.checkpoint import Checkpoint, checkpoint_files
+from kt_sft.loading.hub import model_folder
 from kt_sft.loading.layout import ExpertLayout, find_experts
 from kt_sft.loading.mapped import bytes_beside_files, obstacle
 from kt_sft.loading.mapping import MatrixRead, ModulePlan, plan_experts
@@ -98,10 +99,11 @@ def read_model(setup: TrainingSetup) -> ModelFacts:
     """The model of a recipe whose checkpoint is on this machine, in a folder or the hub's cache.
 
     Raises:
-        RecipeError: There is no such checkpoint, or it has no routed experts.
-        CheckpointError, UnsupportedModelError, ConfigError: As loading it would.
+        RecipeError: It has no routed experts.
+        ConfigError: There is no such checkpoint; and, as CheckpointError and UnsupportedModelError, where loading it
+            would.
     """
-    folder = _folder(setup)
+    folder = model_folder(setup.model, revision=setup.revision, cache_dir=setup.cache_dir)
     config, notes = _config(folder, setup)
     check_config(config)
     source, stored = getattr(config, "quantization_config", None), False
@@ -172,23 +174,6 @@ def _slots(config: Any) -> int:
             if isinstance(value := getattr(found, name, None), int) and value > 0:
                 return value
     raise RecipeError(f"the config does not say how many experts a token has; looked for {', '.join(names)}")
-
-
-def _folder(setup: TrainingSetup) -> Path:
-    name, folder = setup.model, Path(setup.model)
-    if folder.is_dir():
-        return folder
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, revision=setup.revision, cache_dir=setup.cache_dir, local_files_only=True))
-    except (LocalEntryNotFoundError, HFValidationError, OSError) as error:
-        raise RecipeError(
-            f"model_name_or_path: {name} (model_revision: {setup.revision}) is neither a folder nor in the "
-            f"hub's cache{'' if setup.cache_dir is None else f' {setup.cache_dir}'}. A plan needs config.json and the "
-            "safetensors files' headers; download the model, or give a folder that holds them"
-        ) from error
 
 
 def _config(folder: Path, setup: TrainingSetup) -> tuple[PreTrainedConfig, list[str]]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,19 @@ def load(folder: Path, **settings: Any) -> nn.Module:
 
 def stores(model: nn.Module) -> list[Any]:
     return [module.store for module in model.modules() if isinstance(module, kt_sft.CpuExperts)]
+
+
+def cached(folder: Path, cache: Path, name: str, without: Sequence[str] = ()) -> Path:
+    """Puts a model into a hub's cache, as huggingface_hub does, but for the files `without`; returns its snapshot."""
+    repository = cache / f"models--{name.replace('/', '--')}"
+    snapshot, blobs, refs = repository / "snapshots" / ("0" * 40), repository / "blobs", repository / "refs"
+    for one in (snapshot, blobs, refs):
+        one.mkdir(parents=True)
+    (refs / "main").write_text(snapshot.name)
+    for number, file in enumerate(sorted(file for file in folder.iterdir() if file.name not in without)):
+        shutil.copy(file, blobs / f"{number:064}")
+        (snapshot / file.name).symlink_to(f"../../blobs/{number:064}")
+    return snapshot
 
 
 def same_experts(one: nn.Module, other: nn.Module) -> bool:

@@ -201,8 +201,17 @@ def write_compressed_int4(
     return values
 
 
-def write_gptq(folder: Path, *, group: int | None = 32, symmetric: bool = True, form: str | None = None) -> Values:
+def write_gptq(
+    folder: Path,
+    *,
+    group: int | None = 32,
+    symmetric: bool = True,
+    form: str | None = None,
+    biases: torch.dtype | None = None,
+) -> Values:
     """Qwen3-30B-A3B-GPTQ-Int4: attention and experts; with `symmetric`, stored zeros are 7 (of gptq_v2, 8).
+
+    AutoGPTQ and GPTQModel may write a bias of zeros for every layer, also for those without one: `biases`.
 
     As GPTQModel packs them (pack_original of nn_modules/qlinear, and convert_gptq_v2_to_v1_format_module, which takes
     the one off whole words).
@@ -215,6 +224,8 @@ def write_gptq(folder: Path, *, group: int | None = 32, symmetric: bool = True, 
         tensors[f"{stem}.qzeros"] = pack_columns(zeros.T) - (0 if form == "gptq_v2" else 0x11111111)
         tensors[f"{stem}.scales"] = scales.T
         tensors[f"{stem}.g_idx"] = (torch.arange(weight.shape[1]) // (group or weight.shape[1])).to(torch.int32)
+        if biases is not None:
+            tensors[f"{stem}.bias"] = torch.zeros(len(weight), dtype=biases)
     config = {"quant_method": "gptq", "bits": 4, "group_size": group or -1, "sym": symmetric, "desc_act": False}
     config |= {"lm_head": False, "damp_percent": 0.01} | ({"checkpoint_format": form} if form else {})
     _write(folder, tensors, config)

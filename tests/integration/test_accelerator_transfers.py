@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import kt_sft
 from kt_sft.engine.operands import Factors, Term
 from kt_sft.engine.retention import in_pieces
+from kt_sft.offload.accelerator import HostEvent, TorchAccelerator
 from kt_sft.offload.transfers import transfers_of
 
 pytestmark = [
@@ -157,3 +158,18 @@ def test_device_memory_does_not_grow() -> None:
     for _ in range(20):
         model.step()
     assert torch.accelerator.memory_allocated() <= before
+
+
+def test_the_driver_wakes_a_thread_of_the_host() -> None:
+    if device().type != "cuda":
+        pytest.skip("only the drivers of CUDA and ROCm call functions")
+    accelerator = TorchAccelerator(device())
+    stream = accelerator.new_stream()
+    with accelerator.on(stream):
+        torch.cuda._sleep(50_000_000)  # cycles
+        event = accelerator.record_for_host(stream)
+    assert isinstance(event, HostEvent)
+    assert not event.signal.wait(0.0)
+    assert not event.event.query()
+    accelerator.synchronize(event)
+    assert event.event.query()

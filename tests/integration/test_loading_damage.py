@@ -205,7 +205,7 @@ class TestInterruption:
     """Ctrl-C while experts are read."""
 
     def test_what_is_queued_is_not_read(self, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        readers, total = 2, 2 * 8 * 3  # layers, experts, matrices
+        readers = 2
         began: list[object] = []
         stopping = threading.Event()
 
@@ -222,7 +222,7 @@ class TestInterruption:
             stopping.wait()
 
         def interrupt(futures: list[object], **_: object) -> None:
-            assert len(futures) == total
+            assert len(futures) == 8 * readers  # of 3 of 48 matrices each: stretches short enough to share out evenly
             raise KeyboardInterrupt
 
         monkeypatch.setattr(streaming, "_MAX_READERS", readers)

@@ -11,11 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import checkpoints
 import pytest
 import torch
 from checkpoints import load, same_experts, stores
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -32,13 +33,7 @@ class TestLinks:
     @pytest.fixture
     def cached(self, tiny_moe: Path, tmp_path: Path) -> Path:
         """A snapshot as huggingface_hub keeps it."""
-        snapshot, blobs = (tmp_path / "models--org--tiny" / name for name in ("snapshots/1a2b", "blobs"))
-        snapshot.mkdir(parents=True)
-        blobs.mkdir()
-        for number, file in enumerate(sorted(tiny_moe.iterdir())):
-            shutil.copy(file, blobs / f"{number:064}")
-            (snapshot / file.name).symlink_to(f"../../blobs/{number:064}")
-        return snapshot
+        return checkpoints.cached(tiny_moe, tmp_path, "org/tiny")
 
     @pytest.mark.parametrize("store", ["resident", "mapped"])
     def test_the_hubs_cache_is_loaded_and_exported(
@@ -93,14 +88,50 @@ class TestLinks:
             load(checkpoint)
 
 
-def test_swapped_shards(tiny_moe: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def sharded(tiny_moe: Path, tmp_path: Path) -> Path:
     AutoModelForCausalLM.from_pretrained(tiny_moe).save_pretrained(tmp_path, max_shard_size="40KB")
-    one, other, *_ = sorted(tmp_path.glob("*.safetensors"))
-    one.rename(tmp_path / "aside")
+    return tmp_path
+
+
+def _swap_two(folder: Path) -> None:
+    one, other, *_ = sorted(folder.glob("*.safetensors"))
+    one.rename(folder / "aside")
     other.rename(one)
-    (tmp_path / "aside").rename(other)
-    with pytest.raises(CheckpointError, match=r"index\.json: says that model-0000\d-of-.* which it does not"):
-        load(tmp_path)
+    (folder / "aside").rename(other)
+
+
+def _repeat_one(folder: Path) -> None:
+    one, other = sorted(folder.glob("*.safetensors"))[1:3]
+    tensors = load_file(one)
+    key = next(key for key in tensors if ".experts." in key)
+    save_file(load_file(other) | {key: tensors[key]}, other, {"format": "pt"})
+
+
+def _turn_the_index(folder: Path) -> None:
+    index = folder / f"{WEIGHTS}.index.json"
+    found = json.loads(index.read_text())
+    names = [*found["weight_map"].values()]
+    found["weight_map"] = dict(zip(found["weight_map"], [*names[1:], names[0]], strict=True))
+    index.write_text(json.dumps(found))
+
+
+@pytest.mark.parametrize("change", [_swap_two, _repeat_one, _turn_the_index])
+def test_tensors_are_found_in_whichever_file_as_transformers_does(
+    change: Callable[[Path], None], tiny_moe: Path, sharded: Path
+) -> None:
+    change(sharded)
+    ours, theirs = load(sharded), AutoModelForCausalLM.from_pretrained(sharded).state_dict()
+    assert same_experts(ours, load(tiny_moe))
+    assert all(torch.equal(value, theirs[key]) for key, value in ours.state_dict().items() if key in theirs)
+
+
+def test_two_values_of_one_tensor_are_refused(sharded: Path) -> None:
+    _repeat_one(sharded)
+    other = sorted(sharded.glob("*.safetensors"))[2]
+    save_file({key: value + 1 for key, value in load_file(other).items()}, other, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"tensor model\..* appears twice with different values"):
+        load(sharded)
 
 
 def test_a_pipe_is_not_read(tmp_path: Path) -> None:

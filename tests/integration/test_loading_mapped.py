@@ -25,6 +25,14 @@ from tests.pages import mappings
 Layout = Callable[[Path, Path], None]
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_loaded() -> None:
+    """A model that an earlier test left in a reference cycle would share its experts, which then need no memory, and
+    keep its files mapped.
+    """
+    gc.collect()
+
+
 def load(folder: Path, **settings: Any) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, quantization_config=KTConfig(**settings)).eval()
 
@@ -102,11 +110,6 @@ def test_two_models_and_two_processes_have_the_files_pages(tiny_moe: Path, tmp_p
 class TestDecision:
     """`store: auto` is resident where that fits, and mapped otherwise."""
 
-    @pytest.fixture(autouse=True)
-    def nothing_is_loaded(self) -> None:
-        """A model that an earlier test left in a reference cycle would share its experts, which then need no memory."""
-        gc.collect()
-
     @pytest.fixture
     def available(self, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
         return lambda size: monkeypatch.setattr(memory, "available_bytes", lambda: size)
@@ -141,8 +144,11 @@ class TestDecision:
 
     def test_what_cannot_be_mapped_is_said(self, tmp_path: Path, available: Callable[[int], None]) -> None:
         make(FAMILIES["gpt_oss"][0]).bfloat16().save_pretrained(tmp_path)
-        why = r"gate_up_proj holds the gate matrix transposed"
-        with pytest.raises(ConfigError, match=rf"store 'mapped' is not possible: .*{why}; set store: auto or resident"):
+        why = (
+            r"gate_up_proj holds BF16 values, the gate matrix transposed; make a ready store of it, which can be "
+            r"mapped \(kt-sft quantize --format bf16\)"
+        )
+        with pytest.raises(ConfigError, match=rf"store 'mapped' .*{why}, or set store: auto or resident"):
             load(tmp_path, store="mapped")
         available(100_000)
         with pytest.raises(NotEnoughMemoryError, match=rf"They cannot stay in the checkpoint's files either: .*{why}"):
@@ -150,7 +156,10 @@ class TestDecision:
 
     @pytest.mark.parametrize(
         ("settings", "why"),
-        [({}, "holds F32 values, not rows of bf16"), ({"expert_format": "int4"}, "holds F32 values, not rows of int4")],
+        [
+            ({}, r"holds F32 values, which are to be stored as bf16; make .* \(kt-sft quantize --format bf16\)"),
+            ({"expert_format": "int4"}, r"holds F32 values, which are to be stored as int4; make .* --format int4\)"),
+        ],
     )
     def test_what_would_be_converted_cannot_be_mapped(
         self, settings: dict[str, str], why: str, tiny_moe: Path, tmp_path: Path, available: Callable[[int], None]
@@ -161,9 +170,8 @@ class TestDecision:
             load(tmp_path, **settings)
 
     def test_bf16_rows_are_no_rows_of_another_format(self, tiny_moe: Path) -> None:
-        with pytest.raises(
-            ConfigError, match=r"store 'mapped' is not possible: .* holds BF16 values, not rows of int4"
-        ):
+        why = "holds BF16 values, which are to be stored as int4; leave out expert_format, .*, or make a ready store"
+        with pytest.raises(ConfigError, match=f"store 'mapped' is not possible: .* {why}"):
             load(tiny_moe, store="mapped", expert_format="int4")
 
     def test_settings_that_contradict_each_other(self) -> None:

@@ -16,7 +16,7 @@ import peft
 import pytest
 import torch
 import transformers
-from checkpoints import load, rewrite, same_experts, set_matrix, set_value, stores
+from checkpoints import cached, load, rewrite, same_experts, set_matrix, set_value, stores
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -104,12 +104,7 @@ class TestLayouts:
 
     def test_by_name_from_the_hubs_cache(self, tiny_moe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-        repository = tmp_path / "models--someone--tiny"
-        shutil.copytree(tiny_moe, repository / "blobs-of-main")
-        (repository / "snapshots").mkdir()
-        shutil.move(repository / "blobs-of-main", repository / "snapshots" / ("0" * 40))
-        (repository / "refs").mkdir()
-        (repository / "refs" / "main").write_text("0" * 40)
+        cached(tiny_moe, tmp_path, "someone/tiny")
 
         ours = AutoModelForCausalLM.from_pretrained("someone/tiny", quantization_config=KTConfig(), cache_dir=tmp_path)
 

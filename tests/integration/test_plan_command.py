@@ -132,7 +132,7 @@ def test_configs_that_are_of_no_use_end_with_2(
     ("arguments", "message"),
     [
         (["cutoff_len"], "'cutoff_len' is no key=value"),
-        (["model_name_or_path=/no/such/model"], "is neither a folder nor in the hub's cache"),
+        (["model_name_or_path=/no/such/model"], "is neither a folder nor a repository's id; correct the path"),
         (["kt_sft.expert_format=int3"], "expert_format must be one of"),
         (["kt_sft.store=mapped", "kt_sft.expert_format=int4"], "store 'mapped' is not possible"),
         (["--machine", "/no/such/file"], "--machine: /no/such/file cannot be read"),

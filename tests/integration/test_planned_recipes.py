@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from trainers import train_model
 
+from kt_sft.config import ConfigError
 from kt_sft.integrations.memory_check import setup_with_adapter
 from kt_sft.planning.memory import lora_parameters
 from kt_sft.planning.model import read_model
@@ -139,5 +140,6 @@ class TestHub:
 
     @pytest.mark.parametrize("key", ["model_revision", "cache_dir"])
     def test_elsewhere_there_is_nothing(self, base_recipe: dict[str, Any], cached: dict[str, Any], key: str) -> None:
-        with pytest.raises(RecipeError, match=r"model_name_or_path: an-owner/a-model .* is neither a folder nor in"):
+        left = {"model_revision": f"--cache-dir {cached['cache_dir']}", "cache_dir": "--revision wide"}[key]
+        with pytest.raises(ConfigError, match=rf"an-owner/a-model is neither a folder nor in .*{left}`"):
             read_model(setup_of(base_recipe | cached | {key: None}))

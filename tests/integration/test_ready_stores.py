@@ -191,6 +191,12 @@ class TestAsAModelPath:
         assert all(one.mapped for one in stores(model))
         assert "int4, 20.5 KiB mapped" in caplog.text
 
+    def test_another_format_cannot_be_mapped(self, store: Path) -> None:
+        why = "holds int4 of a ready store, which is to be quantised again to int8"
+        ways = "leave out expert_format, group_size and zero_point, so that it is taken as it is, or set store: auto"
+        with pytest.raises(ConfigError, match=f"store 'mapped' is not possible: .* {why}; {ways} or resident"):
+            load(store, store="mapped", expert_format="int8")
+
     def test_a_recipe_trains_on_it(self, store: Path, write_recipe: Callable[..., Path], tmp_path: Path) -> None:
         changes = {"model_name_or_path": str(store), "lora_target": "all", "max_steps": 2, "save_steps": 2}
         recipe = write_recipe(kt_sft={"lora_experts": True}, **changes)

@@ -75,6 +75,17 @@ def test_layers_give_what_they_should_more_nearly(tiny_moe: Path, texts: Path, t
     assert (settings["method"], settings["tokens"]) == ("gptq", 32768)
 
 
+def with_words(folder: Path) -> Path:
+    """Gives a model a tokenizer; returns a file of words that it knows."""
+    words = {f"w{place}": place for place in range(90)}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0")))
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save_pretrained(folder)
+    file = folder.parent / "words.txt"
+    file.write_text(" ".join(f"w{7 * place % 90}" for place in range(600)))
+    return file
+
+
 @pytest.mark.parametrize("family", ["gpt_oss", "nemotron_h"])
 def test_other_kinds_of_experts(family: str, tmp_path: Path) -> None:
     """Transposed, interleaved and biased with a clamped gate; and without a gate.
@@ -83,20 +94,57 @@ def test_other_kinds_of_experts(family: str, tmp_path: Path) -> None:
     """
     model = make(FAMILIES[family][0]).bfloat16()
     model.save_pretrained(tmp_path / "source")
-    words = {f"w{place}": place for place in range(90)}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0")))
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.save_pretrained(tmp_path / "source")
-    (tmp_path / "words.txt").write_text(" ".join(f"w{7 * place % 90}" for place in range(600)))
+    words = with_words(tmp_path / "source")
 
-    result = run(tmp_path / "source", tmp_path / "store", "--format", "nf4", "--calibrate", tmp_path / "words.txt")
+    result = run(tmp_path / "source", tmp_path / "store", "--format", "nf4", "--calibrate", words)
 
     assert result.exit_code == 0, result.output
     assert {store.expert_format for store in stores(load(tmp_path / "store", type(model)))} == {"nf4"}
     exact, plain = load(tmp_path / "source", type(model)), load(tmp_path / "source", type(model), expert_format="nf4")
-    ids = token_sequences(tmp_path / "words.txt", tokenizer, 600, 64)
+    ids = token_sequences(words, AutoTokenizer.from_pretrained(tmp_path / "source"), 600, 64)
     calibrated = load(tmp_path / "store", type(model))
     assert off(exact, calibrated, ids) < off(exact, plain, ids)
+
+
+def plain_experts(one: Any, other: Any) -> dict[str, int]:
+    """How many experts of each layer are the same in two models."""
+    found, layers = {}, zip(one.named_modules(), other.modules(), strict=True)
+    for name, values, others in (
+        (name, module.dequantized(), alike.dequantized())
+        for (name, module), alike in layers
+        if isinstance(module, CpuExperts)
+    ):
+        same = [(ours == theirs).flatten(1).all(dim=1) for ours, theirs in zip(values, others, strict=True)]
+        found[name] = int((same[0] & same[1]).sum())
+    return found
+
+
+def test_experts_without_tokens_are_plain(
+    tiny_moe: Path, texts: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    result = run(tiny_moe, tmp_path / "store", "--calibrate", texts, "--calibrate-tokens", 2)
+
+    assert result.exit_code == 0, result.output
+    unreached = read_manifest(tmp_path / "store").settings["calibration"]["unreached_experts"]
+    assert unreached >= 2 * (8 - 2 * 2)  # two tokens come to two experts each
+    assert f"no token of the texts came to {unreached} of 16 experts" in caplog.text
+    same = plain_experts(load(tmp_path / "store"), load(tiny_moe, expert_format="int4"))
+    assert sum(same.values()) >= unreached
+
+
+def test_a_layer_without_tokens_is_plain(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = make(FAMILIES["ernie4_5_vl_moe"][0]).bfloat16()
+    model.save_pretrained(tmp_path / "source")
+    words = with_words(tmp_path / "source")
+
+    result = run(tmp_path / "source", tmp_path / "store", "--calibrate", words)
+
+    assert result.exit_code == 0, result.output
+    assert read_manifest(tmp_path / "store").settings["calibration"]["unreached_experts"] >= 2 * 8
+    calibrated = load(tmp_path / "store", type(model))
+    same = plain_experts(calibrated, load(tmp_path / "source", type(model), expert_format="int4"))
+    assert all(count == 8 for name, count in same.items() if "vision_moe" in name)
+    assert any(count < 8 for name, count in same.items() if "text_moe" in name)
 
 
 def test_a_run_that_was_killed_ends_the_same(tiny_moe: Path, texts: Path, tmp_path: Path) -> None:

@@ -195,12 +195,16 @@ class TestDecision:
     def test_what_is_quantised_again_cannot_be_mapped(
         self, name: str, settings: dict[str, str], why: str, published: Callable[[str], Path]
     ) -> None:
-        with pytest.raises(ConfigError, match=rf"store 'mapped' is not possible: .*{why}; set store: auto or resident"):
+        ways = rf"leave out expert_format, .*, or make a ready store .* --format {settings['expert_format']}\)"
+        with pytest.raises(ConfigError, match=rf"store 'mapped' .*{why}; {ways}, or set store: auto or resident"):
             load(published(name), store="mapped", **settings)
 
     def test_what_is_turned_cannot_be_mapped(self, tmp_path: Path, available: Callable[[int], None]) -> None:
         TURNED(tmp_path)
-        why = r"weight holds INT4 in groups of 32 packed along the other axis"
+        why = (
+            r"weight holds INT4 in groups of 32, packed along the other axis than the engine reads; make a ready store "
+            r"of it, which can be mapped \(kt-sft quantize --format auto\)"
+        )
         with pytest.raises(ConfigError, match=why):
             load(tmp_path, store="mapped")
         assert not any(store.mapped for store in stores(load(tmp_path)))  # auto

@@ -197,6 +197,8 @@ def test_damaged_indexes(seed: int, tmp_path: Path) -> None:
         except CheckpointError as error:
             _check_message(error, index)
             continue
-        for key, name in json.loads(text)["weight_map"].items():
-            assert Path(checkpoint.tensors[key].path).name == name
-        assert checkpoint.tensors.keys() == tensors.keys()
+        # transformers opens the files that the index names, and takes every tensor of them.
+        named = json.loads(text)["weight_map"]
+        assert named.keys() <= tensors.keys()
+        assert {*named.values()} <= {file.name for file in files}
+        assert {key: Path(entry.path).name for key, entry in checkpoint.tensors.items()} == where

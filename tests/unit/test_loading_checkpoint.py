@@ -134,12 +134,16 @@ def _remove_shard(folder: Path) -> None:
     (folder / "model-2.safetensors").unlink()
 
 
-def _duplicate(folder: Path) -> None:
-    save_file({"a": torch.ones(2), "b": torch.ones(2)}, folder / "model-2.safetensors")
+def _other_values(folder: Path) -> None:
+    save_file({"a": torch.tensor([1.0, 2.0]), "b": torch.ones(2)}, folder / "model-2.safetensors")
 
 
-def _wrong_index(folder: Path) -> None:
-    write_index(folder, {"a": "model-2.safetensors", "b": "model-2.safetensors"})
+def _other_shape(folder: Path) -> None:
+    save_file({"a": torch.ones(2, 1), "b": torch.ones(2)}, folder / "model-2.safetensors")
+
+
+def _unknown_file(folder: Path) -> None:
+    write_index(folder, {"a": "model-1.safetensors", "b": "model-3.safetensors"})
 
 
 def _absent_tensor(folder: Path) -> None:
@@ -158,9 +162,10 @@ def _no_map(folder: Path) -> None:
     ("damage", "message"),
     [
         (_remove_shard, "model-2.safetensors: the checkpoint names this file, but it does not exist"),
-        (_duplicate, "tensor a appears twice"),
-        (_wrong_index, "says that model-2.safetensors holds tensor a, which it does not"),
-        (_absent_tensor, "says that model-2.safetensors holds tensor c, which it does not"),
+        (_other_values, "tensor a appears twice with different values"),
+        (_other_shape, "tensor a appears twice with different values"),
+        (_unknown_file, "says that model-3.safetensors holds tensor b, but there is no such file"),
+        (_absent_tensor, "says that model-2.safetensors holds tensor c, but no file of the checkpoint holds it"),
         (_no_index, "the index of tensors is no JSON"),
         (_no_map, "no readable index of tensors"),
     ],
@@ -170,6 +175,26 @@ def test_damaged_shards(damage: Callable[[Path], None], message: str, sharded: P
     with pytest.raises(CheckpointError) as error:
         both(sharded)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("where", [("model-2", "model-1"), ("model-2", "model-2")])
+def test_tensors_are_where_the_files_have_them(
+    where: tuple[str, str], sharded: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_index(sharded, {key: f"{name}.safetensors" for key, name in zip("ab", where, strict=True)})
+    found = both(sharded).tensors
+    assert {key: Path(entry.path).name for key, entry in found.items()} == {
+        "a": "model-1.safetensors",
+        "b": "model-2.safetensors",
+    }
+    assert "says that model-2.safetensors holds tensor a, which is read from model-1.safetensors" in caplog.text
+
+
+def test_the_same_tensor_twice_is_one(sharded: Path, caplog: pytest.LogCaptureFixture) -> None:
+    save_file({"a": torch.ones(2), "b": torch.ones(2)}, sharded / "model-2.safetensors")
+    write_index(sharded, dict.fromkeys("ab", "model-2.safetensors"))
+    assert torch.equal(both(sharded).tensors["a"].read(), torch.ones(2))
+    assert not caplog.records
 
 
 def test_the_index_of_another_checkpoint_is_left_alone(tmp_path: Path) -> None:

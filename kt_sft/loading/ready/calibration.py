@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 import shutil
 import threading
 from collections.abc import Callable, Sequence
@@ -23,8 +24,9 @@ from torch import Tensor, nn
 from kt_sft.config import ConfigError, KTConfig
 from kt_sft.engine.store import LayerStore
 from kt_sft.experts import CpuExperts
+from kt_sft.loading.biases import read_bias
 from kt_sft.loading.errors import CheckpointError
-from kt_sft.loading.mapping import MatrixRead, ModulePlan, read_bias
+from kt_sft.loading.mapping import MatrixRead, ModulePlan
 from kt_sft.loading.ready.feedback import FEEDBACK_FORMATS, inverse_factor, lost, quantise
 from kt_sft.loading.ready.hashing import hash_file
 from kt_sft.loading.ready.planning import read_settings
@@ -32,9 +34,13 @@ from kt_sft.loading.ready.texts import token_sequences
 from kt_sft.loading.ready.writing import Plain
 from kt_sft.loading.sources.entries import QuantisedEntry, read_span, storage_of
 
+logger = logging.getLogger("kt_sft")
+
 #: Of a sequence, where the model takes so many.
 _LENGTH = 2048
 _DONE = "done.json"
+#: What a module of experts is given, each in a file of its own.
+_PARTS = ("hidden", "index", "weights")
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tekken.json")
 #: Tokens that an expert's own moments must rest on to count as much as those of its layer (for its first matrices), or
 #: as much as inputs that have nothing to do with each other (for down).
@@ -120,17 +126,17 @@ def _record(model: transformers.PreTrainedModel, sequences: Sequence[Tensor], fo
     def hook(name: str) -> Callable[..., None]:
         def before(module: nn.Module, given: tuple[Tensor, ...]) -> None:
             hidden, index, weights = given[:3]
-            for part, values in (("hidden", hidden.float()), ("index", index.int()), ("weights", weights.float())):
+            for part, values in zip(_PARTS, (hidden.float(), index.int(), weights.float()), strict=True):
                 with open(folder / f"{name}.{part}", "ab") as file:
                     file.write(values.detach().cpu().contiguous().numpy().tobytes())
 
         return before
 
-    hooks = [
-        module.register_forward_pre_hook(hook(name))
-        for name, module in model.named_modules()
-        if isinstance(module, CpuExperts)
-    ]
+    experts = {name: module for name, module in model.named_modules() if isinstance(module, CpuExperts)}
+    for name in experts:  # texts reach no vision experts, for one: these have empty files
+        for part in _PARTS:
+            (folder / f"{name}.{part}").touch()
+    hooks = [module.register_forward_pre_hook(hook(name)) for name, module in experts.items()]
     try:
         with torch.no_grad():
             for ids in sequences:
@@ -155,12 +161,31 @@ class ErrorFeedback(Plain):
 
     def begin(self, plan: ModulePlan) -> None:
         """Reads what one layer was given."""
-        layout, stem = plan.layout, self._folder / plan.name
-        hidden = _read(Path(f"{stem}.hidden"), torch.float32).reshape(-1, layout.hidden_size)
+        hidden = self._given(plan, "hidden", torch.float32).reshape(-1, plan.layout.hidden_size)
         self._hidden_TH = hidden
-        self._index_TK = _read(Path(f"{stem}.index"), torch.int32).reshape(len(hidden), -1)
-        self._weights_TK = _read(Path(f"{stem}.weights"), torch.float32).reshape(len(hidden), -1)
+        slots = (len(hidden), -1) if len(hidden) else (0, 1)
+        self._index_TK = self._given(plan, "index", torch.int32).reshape(slots)
+        self._weights_TK = self._given(plan, "weights", torch.float32).reshape(slots)
         self._layer_moments = hidden.T @ hidden / max(1, len(hidden))
+
+    def calibration(self, asked: dict[str, Any] | None, plans: Sequence[ModulePlan]) -> dict[str, Any] | None:
+        """Counts the experts that are plain because no token came to them with any weight."""
+        plain = sum(plan.layout.num_experts - len(self._reached(plan)) for plan in plans)
+        if plain:
+            logger.warning(
+                "no token of the texts came to %d of %d experts, which are quantised without calibration; other texts, "
+                "or more, reach more of them",
+                plain,
+                sum(plan.layout.num_experts for plan in plans),
+            )
+        return (asked or {}) | {"unreached_experts": plain}
+
+    def _reached(self, plan: ModulePlan) -> set[int]:
+        index, weights = self._given(plan, "index", torch.int32), self._given(plan, "weights", torch.float32)
+        return {*index[weights.square() > 0].tolist()} & {*range(plan.layout.num_experts)}
+
+    def _given(self, plan: ModulePlan, part: str, dtype: torch.dtype) -> Tensor:
+        return _read(self._folder / f"{plan.name}.{part}", dtype)
 
     def groups(self, plan: ModulePlan) -> list[list[MatrixRead]]:
         """An expert's matrices together: two of them have the same inputs, and the third those that these give."""
@@ -244,6 +269,7 @@ def _values(read: MatrixRead) -> Tensor:
 
 def _read(path: Path, dtype: torch.dtype) -> Tensor:
     try:
-        return torch.frombuffer(bytearray(path.read_bytes()), dtype=dtype)
+        data = bytearray(path.read_bytes())
+        return torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype, device="cpu")
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: what the experts were given cannot be read ({error})") from error

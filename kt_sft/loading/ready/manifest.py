@@ -111,7 +111,8 @@ class Manifest:
     """What a store holds.
 
     `source` has the `name` of the checkpoint's folder, the `sha256` of its index (or of the header of its one file),
-    and its `quantization_config`, in which the dense part still is. `settings` are those of `kt-sft quantize`.
+    and its `quantization_config`, in which the dense part still is. `settings` are those of `kt-sft quantize`, and
+    what came of calibration.
     """
 
     made_by: str

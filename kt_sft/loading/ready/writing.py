@@ -13,7 +13,7 @@ import math
 import os
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from kt_sft.engine.store import LayerStore
 from kt_sft.engine.stored import copy_stored
 from kt_sft.loading.checkpoint import TensorEntry, identity_of
 from kt_sft.loading.errors import CheckpointError
+from kt_sft.loading.hub import model_name
 from kt_sft.loading.mapping import MatrixRead, ModulePlan
 from kt_sft.loading.memory import readable
 from kt_sft.loading.ready.hashing import Advance, hash_file, hash_span, hash_tensors, nothing
@@ -61,6 +62,10 @@ class Plain:
             CheckpointError: A value is NaN or Inf, or the file ends early.
         """
         fill_matrix(read, store, plan, place=0)
+
+    def calibration(self, asked: dict[str, Any] | None, plans: Sequence[ModulePlan]) -> dict[str, Any] | None:
+        """For the manifest: what was asked for, and what came of it for the experts of all modules."""
+        return asked
 
 
 class StoreWriter:
@@ -338,11 +343,13 @@ class StoreWriter:
         others = {}
         for name in sorted((*plan.others, "config.json", "model.safetensors.index.json")):
             others[name] = OtherFile((self._store / name).stat().st_size, hash_file(self._store / name))
-        source = {"name": plan.source.resolve().name, "sha256": plan.source_sha256, "quantization": plan.quantization}
+        source = {"name": model_name(plan.source), "sha256": plan.source_sha256, "quantization": plan.quantization}
+        plans = [file.plan for file in plan.files if file.plan is not None]
+        calibration = self._filler.calibration(plan.settings["calibration"], plans)
         manifest = Manifest(
             made_by=f"kt_sft {kt_sft.__version__}",
             source=source,
-            settings=plan.settings | {"store_id": plan.store_id},
+            settings=plan.settings | {"calibration": calibration, "store_id": plan.store_id},
             experts=experts,
             files=files,
             others=others,
