@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator
@@ -45,6 +46,7 @@ def forked_ranks(port: str) -> Iterator[Callable[..., Rank]]:
     Args:
         port: `MASTER_PORT`, which tells the job from others.
     """
+    gc.collect()  # what an earlier test left in reference cycles, a child would have mapped, too
     context = multiprocessing.get_context("fork")
     ranks: list[Rank] = []
 

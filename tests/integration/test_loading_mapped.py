@@ -27,9 +27,7 @@ Layout = Callable[[Path, Path], None]
 
 @pytest.fixture(autouse=True)
 def nothing_is_loaded() -> None:
-    """A model that an earlier test left in a reference cycle would share its experts, which then need no memory, and
-    keep its files mapped.
-    """
+    """A model that an earlier test left in a reference cycle would share its experts, which then need no memory."""
     gc.collect()
 
 
