@@ -193,7 +193,9 @@ void BindLayer(py::module_& m) {
           [](ExpertLayer& layer, const std::string& matrix, int64_t expert, const std::shared_ptr<FileMapping>& file,
              int64_t offset, int64_t row_stride, uintptr_t scales, uintptr_t zeros) {
             const SourceCodes layout{nullptr, row_stride, Pointer<uint8_t>(scales), Pointer<uint8_t>(zeros)};
-            layer.Map(MatrixFromName(matrix), expert, file, offset, layout);
+            const Matrix which = MatrixFromName(matrix);
+            const py::gil_scoped_release release;
+            layer.Map(which, expert, file, offset, layout);
           },
           py::arg("matrix"), py::arg("expert"), py::arg("file"), py::arg("offset"), py::arg("row_stride"),
           py::arg("scales"), py::arg("zeros"))

@@ -24,6 +24,8 @@ LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx")
 UNIT_LEVELS = {
     "avx2.cc": "avx2",
     "avx512.cc": "avx512",
+    "quantise_avx2.cc": "avx2",
+    "quantise_avx512.cc": "avx512",
     "avx512_bf16.cc": "avx512_bf16",
     "amx.cc": "amx",
     "amx_emulated_avx512.cc": "avx512_bf16",

@@ -1,5 +1,5 @@
 // Every code, every midpoint between two and its neighbourhood, against the codes' own values.
-#include "formats/coders.h"
+#include "formats/coders.inl"
 
 #include <algorithm>
 #include <cmath>
@@ -23,10 +23,10 @@ void CheckCoder(const Coder& coder, const std::vector<Coded>& codes, bool ties_t
   const auto check = [&](float x, const Coded& expected) {
     // In every lane, beside others.
     for (int lane = 0; lane < kLanes; ++lane) {
-      F4 several = {0.25F, -3.0F, 100.0F, -0.7F};
+      F several = {0.25F, -3.0F, 100.0F, -0.7F};
       several[lane] = x;
-      I4 code;
-      const F4 q = coder.Nearest(several, &code);
+      I code;
+      const F q = coder.Nearest(several, &code);
       const int got = code[lane] & 0xff;  // the byte that is stored
       CHECK_MESSAGE(q[lane] == static_cast<float>(expected.value), std::string(name) + " at " + std::to_string(x));
       CHECK_MESSAGE(coder.Nearest(several)[lane] == q[lane], std::string(name) + " at " + std::to_string(x));

@@ -43,6 +43,11 @@ struct QuantisationError {
 QuantisationError Quantise(const Storage& storage, const float* values, int64_t row, int64_t rows, int64_t matrix_rows,
                            int64_t columns, uint8_t* base);
 
+// The units that `Quantise` chooses from, besides one for every CPU (see quantise.inl).
+using QuantiseFn = QuantisationError (*)(const Storage& storage, const float* values, int64_t row, int64_t rows,
+                                         int64_t matrix_rows, int64_t columns, uint8_t* base, float* room);
+extern const QuantiseFn kQuantiseAvx2, kQuantiseAvx512;
+
 // FP32 code x scale of row `row`.
 void DequantiseRow(Format format, const MatrixView& view, int64_t row, int64_t columns, float* values);
 

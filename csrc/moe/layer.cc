@@ -41,13 +41,28 @@ void CopyRows(const uint8_t* from, int64_t stride, int64_t rows, int64_t bytes, 
   for (int64_t r = 0; r < rows; ++r) std::memcpy(to + r * bytes, from + r * stride, static_cast<size_t>(bytes));
 }
 
-// One row as FP32; throws where a value is not finite, or would not be as BF16.
-void LoadFiniteRow(const SourceMatrix& source, int64_t first_row, int64_t row, int64_t columns, float* out) {
-  uint32_t bad = 0;
-  for (int64_t c = 0; c < columns; ++c) {
-    out[c] = LoadAsFloat(source.base, source.type, row * source.row_stride + c * source.column_stride);
-    bad |= static_cast<uint32_t>((Bf16FromFloat(out[c]) & 0x7f80u) == 0x7f80u);
+// One row as FP32.
+void LoadRow(const SourceMatrix& source, int64_t row, int64_t columns, float* out) {
+  if (source.type == DType::kBf16 && source.column_stride == 1) {  // the usual checkpoint: for vectors
+    const uint8_t* const from = static_cast<const uint8_t*>(source.base) + row * source.row_stride * 2;
+    for (int64_t c = 0; c < columns; ++c) {
+      Bf16 value;
+      std::memcpy(&value, from + 2 * c, sizeof(value));
+      out[c] = FloatFromBf16(value);
+    }
+    return;
   }
+  for (int64_t c = 0; c < columns; ++c)
+    out[c] = LoadAsFloat(source.base, source.type, row * source.row_stride + c * source.column_stride);
+}
+
+// The same; throws where a value is not finite, or would not be as BF16.
+void LoadFiniteRow(const SourceMatrix& source, int64_t first_row, int64_t row, int64_t columns, float* out) {
+  constexpr uint32_t kRoundsToInf = 0x7f7f8000U;  // of the magnitudes' bits, the least
+  LoadRow(source, row, columns, out);
+  uint32_t bad = 0;
+  for (int64_t c = 0; c < columns; ++c)
+    bad |= static_cast<uint32_t>((BitsFromFloat(out[c]) & 0x7fffffffU) >= kRoundsToInf);
   if (bad == 0) return;
   for (int64_t c = 0; c < columns; ++c) {
     if (std::isfinite(FloatFromBf16(Bf16FromFloat(out[c])))) continue;

@@ -25,7 +25,7 @@ void ExpertLayer::Map(Matrix matrix, int64_t expert, std::shared_ptr<const FileM
   if (scaled) {
     const int64_t bands = CeilDiv(height, view.group_rows);
     const int64_t scale_bytes = bands * view.scale_stride, zero_bytes = bands * view.zero_stride;
-    auto memory = std::make_unique<uint8_t[]>(static_cast<size_t>(scale_bytes + zero_bytes));
+    std::unique_ptr<uint8_t[]> memory(new uint8_t[static_cast<size_t>(scale_bytes + zero_bytes)]);  // not cleared
     uint8_t* const zeros = storage_.zero_point ? memory.get() + scale_bytes : nullptr;
     view.scales = memory.get();
     view.zeros = zeros;

@@ -7,6 +7,7 @@ but for those of ready stores, which are as the engine reads them.
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,11 +20,15 @@ from kt_sft.loading.memory import scales_bytes
 from kt_sft.loading.ready.names import MARK
 from kt_sft.loading.ready.reading import StoredEntry
 from kt_sft.loading.sources.entries import CodesInFile, QuantisedEntry, keeps
+from kt_sft.loading.threads import run_all
 
 logger = logging.getLogger("kt_sft")
 
 #: The format of plain rows on disk, by the dtype's name in a safetensors header.
 _FORMATS = {"BF16": "bf16"}
+
+#: Layers that are mapped at the same time.
+_MOST_THREADS = 16
 
 #: How the experts of each module are stored, by its name, as LayerStore's arguments.
 Storages = Mapping[str, Mapping[str, Any]]
@@ -154,18 +159,27 @@ def map_files(work: Sequence[tuple[ModulePlan, LayerStore]]) -> None:
             none.
     """
     files: dict[str, MappedFile] = {}
-    for plan, store in work:
+    lock = threading.Lock()
+
+    def mapping(path: str) -> MappedFile:
+        with lock:
+            if path not in files:
+                files[path] = MappedFile(path)
+            return files[path]
+
+    def map_layer(job: tuple[ModulePlan, LayerStore]) -> None:
+        plan, store = job
         for read in plan.reads:
             entry = read.view.entry
             try:
                 if isinstance(entry, StoredEntry):
-                    entry.map(store, read, _mapping(files, entry.path))
+                    entry.map(store, read, mapping(entry.path))
                     continue
                 rows = _rows_in_file(read)
                 store.map_file(
                     read.matrix,
                     read.expert,
-                    file=_mapping(files, rows.path),
+                    file=mapping(rows.path),
                     offset=rows.offset,
                     row_stride=rows.row_stride,
                     scales=rows.scales,
@@ -176,16 +190,12 @@ def map_files(work: Sequence[tuple[ModulePlan, LayerStore]]) -> None:
                     raise
                 what = f"{read.matrix} of expert {read.expert} of {plan.name}"
                 raise CheckpointError(f"{entry.path}: tensor {entry.key} ({what}): {error}") from error
+
+    run_all(map_layer, work, _MOST_THREADS)  # a layer each: scales are copied
     all(file.renew_pages() for file in files.values())  # up to the first for which there are no huge pages
     layers, reader = [store.native for _, store in work], Reader()
     for place, (_, store) in enumerate(work):
         store.neighbours = Neighbours(layers, place, reader)
-
-
-def _mapping(files: dict[str, Any], path: str) -> Any:
-    if path not in files:
-        files[path] = MappedFile(path)
-    return files[path]
 
 
 def _rows_in_file(read: MatrixRead) -> CodesInFile:

@@ -13,7 +13,7 @@ from kt_sft.planning.setup import RecipeError
 #: Tiers whose panels hold BF16 values; the others hold FP32.
 _BF16_TIERS = ("avx512_bf16", "amx")
 #: What comes to a process between its imports and its first step: data, the Trainer, threads, compiled kernels.
-_STARTED = 48 << 20
+_STARTED = 128 << 20
 #: Host memory of a process that has imported all that training imports, where it cannot be measured.
 USUAL_BASE = 800 << 20
 
