@@ -5,98 +5,17 @@
 
 #include <cfloat>
 
-#include "formats/coders.inl"
 #include "formats/quantise.h"
+#include "formats/searches.inl"
 
 namespace kt {
 namespace {
 
-constexpr int64_t kSums = 16, kParts = kSums / kLanes;  // a part of them is a vector
 // Sums over so many weights are FP32, sums of these double.
 constexpr int64_t kRun = 1024;
-
-float Least(float a, float b) { return b < a ? b : a; }
-float Most(float a, float b) { return a < b ? b : a; }
-float Magnitude(float x) { return __builtin_fabsf(x); }
-
-// Sums in lanes, in an order that does not depend on the vectors.
-struct Sums {
-  F part[kParts] = {};
-
-  float total() const {
-    using F4 = float __attribute__((vector_size(16)));
-    F4 quarters[4];  // of the lanes
-    std::memcpy(quarters, part, sizeof(quarters));
-    const F4 sum = (quarters[0] + quarters[2]) + (quarters[1] + quarters[3]);
-    return (sum[0] + sum[2]) + (sum[1] + sum[3]);
-  }
-};
-
-// The weights that share a scale: rows of `pitch` values, zeros after the columns, times a power of two, `factor`, that
-// keeps every number here far from overflow and from denormals.
-class Block {
- public:
-  Block() = default;
-  // `values` is room for the rows of the block, each a multiple of kSums.
-  explicit Block(float* values) : values_(values) {}
-
-  void Fill(const float* from, int64_t stride, int64_t rows, int64_t columns) {
-    rows_ = rows, columns_ = columns, pitch_ = RoundUp(columns, kSums);
-    F low{}, high{};
-    for (int64_t r = 0; r < rows; ++r) {
-      float* const row = values_ + r * pitch_;
-      const auto copy = [&](int64_t c, F value) {
-        std::memcpy(row + c, &value, sizeof(value));
-        low = Min(low, value);
-        high = Max(high, value);
-      };
-      int64_t c = 0;
-      for (; c + kLanes <= columns; c += kLanes) copy(c, Load(from + r * stride + c));
-      for (; c < pitch_; c += kLanes) {
-        F rest{};
-        for (int lane = 0; c + lane < columns; ++lane) rest[lane] = from[r * stride + c + lane];
-        copy(c, rest);
-      }
-    }
-    FoldLanes(low, high);
-    factor_ = unit_ = 1.0F;
-    if (magnitude() > 0x1p-40F && magnitude() < 0x1p40F) return;
-    if (magnitude() == 0.0F) return;
-    int exponent = -__builtin_ilogbf(magnitude());
-    exponent = exponent < -126 ? -126 : exponent > 126 ? 126 : exponent;
-    factor_ = __builtin_ldexpf(1.0F, exponent), unit_ = __builtin_ldexpf(1.0F, -exponent);
-    for (int64_t i = 0; i < count(); ++i) values_[i] *= factor_;
-    smallest_ *= factor_, largest_ *= factor_;
-  }
-
-  const float* row(int64_t r) const { return values_ + r * pitch_; }
-  int64_t rows() const { return rows_; }
-  int64_t columns() const { return columns_; }
-  int64_t count() const { return rows_ * pitch_; }
-  float factor() const { return factor_; }
-  float unit() const { return unit_; }          // 1 / factor
-  float smallest() const { return smallest_; }  // zero if no weight is below
-  float largest() const { return largest_; }    // zero if no weight is above
-  float magnitude() const { return Most(-smallest_, largest_); }
-
- private:
-  void FoldLanes(F low, F high) {
-    using F4 = float __attribute__((vector_size(16)));
-    F4 lows[kLanes / 4], highs[kLanes / 4];
-    std::memcpy(lows, &low, sizeof(low));
-    std::memcpy(highs, &high, sizeof(high));
-    for (int64_t i = 1; i < kLanes / 4; ++i) {
-      lows[0] = lows[i] < lows[0] ? lows[i] : lows[0];
-      highs[0] = highs[i] > highs[0] ? highs[i] : highs[0];
-    }
-    smallest_ = Least(Least(lows[0][0], lows[0][1]), Least(lows[0][2], lows[0][3]));
-    largest_ = Most(Most(highs[0][0], highs[0][1]), Most(highs[0][2], highs[0][3]));
-  }
-
-  float* values_ = nullptr;
-  int64_t rows_ = 0, columns_ = 0, pitch_ = 0;
-  float factor_ = 1.0F, unit_ = 1.0F, smallest_ = 0.0F, largest_ = 0.0F;
-};
+// Blocks that are quantised side by side: each step of one block waits for the one before, so a CPU is busy only with
+// the same step of several.
+constexpr int kBlocks = 16;
 
 // A scale near `scale` that the type can store, never zero, and such that kLargestCode x scale is finite. E8M0 is
 // rounded down.
@@ -125,10 +44,6 @@ void StoreScale(ScaleType type, float scale, uint8_t* to) {
     StoreFromFloat(to, type == ScaleType::kBf16 ? DType::kBf16 : DType::kF32, 0, scale);
   }
 }
-
-// Scales that are tried at once, and blocks that are quantised side by side: each step of one block waits for the one
-// before, so a CPU is busy only with the same step of several.
-constexpr int kTries = 4, kBlocks = 16;
 
 // Values that a block of a band has room for, and how many blocks are worth having side by side: they should stay in
 // the first-level cache.
@@ -244,19 +159,6 @@ struct Result {
   int coder = 0;
 };
 
-// How a block's scale is searched. Tried are `plain`, the plain definition's scale, plain x `factors` (kTries for each
-// coder; the first is 1), and then the least-squares scale for the codes that the best of these gives.
-template <ScaleType kScaleType, int kLargest, int kCoderCount, class CoderClass>
-struct Search {
-  using Coder = CoderClass;
-  static constexpr ScaleType kType = kScaleType;
-  static constexpr int kLargestCode = kLargest, kCoders = kCoderCount;
-
-  float plain;
-  Coder coders[kCoders];
-  float factors[kCoders * kTries];
-};
-
 // Which is the least; the first of several. Branches here could not be predicted.
 int LeastOf(const float* errors, int count) {
   float least = errors[0];
@@ -311,69 +213,6 @@ void SearchAndEncode(const Block* blocks, Searched* searches, const CodeRows* to
       results[b] = encode(0, searches[b].plain);
   }
 }
-
-// The factors below are those with the least error, in all, over normal and heavy-tailed (Student's t, 4 degrees of
-// freedom) weights in groups of the usual sizes. Eight instead of four gain 0.3 to 0.8 % of the error.
-struct Int8Search {
-  static Search<ScaleType::kF32, 127, 1, IntegerCoder<false>> Of(const Block& block) {
-    return {block.magnitude() / 127, {{-127, 127, 0}}, {1, 0.992F, 1.008F, 1.023F}};
-  }
-};
-
-struct Int4Search {
-  static constexpr IntegerCoder<true> kCoder{-8, 7, 8};
-  static constexpr float kClip = 8.0F / 7.0F;
-
-  // The end with the larger magnitude goes onto -8, so the scale may be negative; 8/7 brings it to 7.
-  static float Plain(const Block& block) {
-    return (block.largest() == block.magnitude() ? block.largest() : block.smallest()) / -8;
-  }
-  static Search<ScaleType::kBf16, 8, 1, IntegerCoder<true>> Of(const Block& block) {
-    return {Plain(block), {kCoder}, {1, kClip, 0.945F, 0.885F}};
-  }
-};
-
-// The longer a group, the farther out its largest weight, and the more of it is better cut off.
-struct LongInt4Search {
-  static Search<ScaleType::kBf16, 8, 2, IntegerCoder<true>> Of(const Block& block) {
-    return {Int4Search::Plain(block),
-            {Int4Search::kCoder, Int4Search::kCoder},
-            {1, Int4Search::kClip, 0.93F, 0.86F, 0.78F, 0.7F, 0.6F, 0.5F}};
-  }
-};
-
-// The weights' range, widened to hold zero, onto the 16 codes; where zero falls between two of them both are tried.
-struct AsymmetricInt4Search {
-  static Search<ScaleType::kBf16, 15, 2, IntegerCoder<true>> Of(const Block& block) {
-    const float range = block.largest() - block.smallest();
-    const float exact = range == 0.0F ? 0.0F : -block.smallest() * 15.0F / range, near = __builtin_nearbyintf(exact);
-    const float other = Least(Most(near > exact ? near - 1 : near + 1, 0.0F), 15.0F);
-    return {range / 15,
-            {{-near, 15 - near, static_cast<int32_t>(near)}, {-other, 15 - other, static_cast<int32_t>(other)}},
-            {1, 0.94F, 0.88F, 0.82F, 1.03F, 0.97F, 0.91F, 0.85F}};
-  }
-};
-
-// The table has one more value above zero than below: a negative scale turns it round.
-struct Nf4Search {
-  static Search<ScaleType::kBf16, 1, 1, Nf4Coder> Of(const Block& block) {
-    return {block.magnitude(), {{}}, {1, 0.92F, -0.94F, -1.02F}};
-  }
-};
-
-struct Fp8Search {
-  static Search<ScaleType::kF32, 448, 1, Fp8Coder> Of(const Block& block) {
-    return {block.magnitude() / 448, {{}}, {1, 1.072F, 1.275F, 1.866F}};
-  }
-};
-
-// The plain definition is the specification's (section 6.3): the largest magnitude lands between 4 and 8. Its
-// neighbours bring it between 2 and 4, or cut off more.
-struct Mxfp4Search {
-  static Search<ScaleType::kE8M0, 6, 1, Mxfp4Coder> Of(const Block& block) {
-    return {block.magnitude() / 4, {{}}, {1, 2, 0.5F, 4}};
-  }
-};
 
 // A matrix that rows of a source go to.
 struct Target {
