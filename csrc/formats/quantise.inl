@@ -182,7 +182,7 @@ void SearchAndEncode(const Block* blocks, Searched* searches, const CodeRows* to
   };
   for (int b = 0; b < count; ++b) {
     Searched& search = searches[b];
-    search.plain = storable(b, search.plain);
+    search.plain = blocks[b].magnitude() == 0.0F ? 1.0F : storable(b, search.plain);
     float scales[kScales], errors[kScales];
     for (int i = 0; i < kScales; ++i) scales[i] = search.plain * search.factors[i];
     for (int c = 0; c < Searched::kCoders; ++c)
@@ -203,15 +203,17 @@ void SearchAndEncode(const Block* blocks, Searched* searches, const CodeRows* to
       const QuantisationError error = Encode(searches[b].coders[with], block, at, to[b]);
       return Result{{error.squared_error * square, error.squared_values * square}, at * block.unit(), with};
     };
-    if (block.magnitude() == 0.0F) {
-      results[b] = encode(0, 1.0F);
-      continue;
-    }
     results[b] = encode(coder[b], scale[b]);
     // Rounding the scale to one that can be stored may have spoilt it.
     if (results[b].error.squared_error > plain_error[b] * square && scale[b] != searches[b].plain)
       results[b] = encode(0, searches[b].plain);
   }
+}
+
+uint8_t ZeroPoint(const IntegerCoder<true>& coder) { return static_cast<uint8_t>(coder.offset); }
+template <class Coder>
+uint8_t ZeroPoint(const Coder&) {
+  return 0;
 }
 
 // A matrix that rows of a source go to.
@@ -253,9 +255,7 @@ QuantisationError QuantiseBand(const Target& target, const float* values, int64_
     for (int b = 0; b < count; ++b, ++group) {
       sum.squared_error += results[b].error.squared_error, sum.squared_values += results[b].error.squared_values;
       StoreScale(target.storage.scale_type, results[b].scale, scales + group * scale_bytes);
-      if constexpr (Searched::Coder::kFourBit && Searched::kCoders == 2) {
-        if (zeros != nullptr) zeros[group] = static_cast<uint8_t>(searches[b].coders[results[b].coder].offset);
-      }
+      if (zeros != nullptr) zeros[group] = ZeroPoint(searches[b].coders[results[b].coder]);
     }
   }
   return sum;

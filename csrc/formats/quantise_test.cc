@@ -9,9 +9,7 @@
 #include <utility>
 #include <vector>
 
-#include "cpu/features.h"
 #include "formats/four_bit.h"
-#include "formats/quantise.inl"
 #include "testing.h"
 
 namespace kt {
@@ -385,42 +383,6 @@ TEST(RowsCanBeWrittenInAnyPieces) {
     // The half byte after an odd last column is zero.
     const MatrixView view = at_once.view();
     if (view.row_stride < columns) CHECK(view.rows[view.row_stride - 1] >> 4 == 0);
-  }
-}
-
-// A store that is made on one machine goes on on another, and its hashes are compared.
-TEST(EveryUnitGivesTheSameBits) {
-  std::vector<std::pair<std::string, QuantiseFn>> units;
-#if defined(__x86_64__)
-  if (CpuSupports(Tier::kAvx2)) units.emplace_back("AVX2", kQuantiseAvx2);
-  if (CpuSupports(Tier::kAvx512)) units.emplace_back("AVX-512", kQuantiseAvx512);
-#endif
-  std::mt19937 random(8);
-  std::student_t_distribution<float> tailed(4);
-  for (const Kind& kind : kKinds) {
-    if (kind.format == Format::kBf16) continue;
-    for (const int64_t columns : {1, 7, 16, 31, 33, 100, 131, 1000, 2048, 5003}) {
-      for (const float magnitude : {1.0F, 0x1p-60F, 0x1p-140F, 0x1p100F}) {
-        const int64_t rows = columns < 200 ? 150 : 3;
-        std::vector<float> values(static_cast<size_t>(rows * columns));
-        for (float& value : values) value = tailed(random) * magnitude;
-        Quantised expected = Empty(kind, rows, columns);
-        const MatrixView view = expected.view();
-        std::vector<float> room(
-            static_cast<size_t>(MostBlocks(view) * GroupRoom(view, std::min(view.group_rows, rows), columns)));
-        const auto quantise = [&](QuantiseFn unit, Quantised& to) {
-          return unit(to.storage, values.data(), 0, rows, rows, columns, to.bytes.data(), room.data());
-        };
-        const QuantisationError error = quantise(QuantiseGroups, expected);
-        for (const auto& [name, unit] : units) {
-          Quantised found = Empty(kind, rows, columns);
-          const QuantisationError other = quantise(unit, found);
-          CHECK_MESSAGE(found.bytes == expected.bytes, name + ", " + Describe(kind));
-          CHECK_MESSAGE(other.squared_error == error.squared_error, name + ", " + Describe(kind));
-          CHECK_MESSAGE(other.squared_values == error.squared_values, name + ", " + Describe(kind));
-        }
-      }
-    }
   }
 }
 

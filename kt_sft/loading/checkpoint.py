@@ -22,8 +22,8 @@ import torch
 
 from kt_sft.config import local_rank_and_size
 from kt_sft.loading.errors import CheckpointError
+from kt_sft.loading.hashing import hash_span
 from kt_sft.loading.hub import snapshot_of
-from kt_sft.loading.ready.hashing import hash_span
 
 logger = logging.getLogger("kt_sft")
 

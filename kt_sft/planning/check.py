@@ -7,6 +7,7 @@ otherwise there is a warning.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -103,11 +104,9 @@ class ModelCheck:
             NotEnoughMemoryError: As `require`.
         """
         if self._bound is not None:
-            try:
+            with contextlib.suppress(NotEnoughMemoryError):  # the bound may be more than is needed
                 require(_beside(self._memory(self._bound, is_mapped=is_mapped)))
                 return
-            except NotEnoughMemoryError:
-                pass  # the bound may be more than is needed
         require(_beside(self._memory(self._cost, is_mapped=is_mapped)))
 
     def refusal(self, error: NotEnoughMemoryError) -> NotEnoughMemoryError:

@@ -26,9 +26,9 @@ from kt_sft.engine.store import LayerStore
 from kt_sft.experts import CpuExperts
 from kt_sft.loading.biases import read_bias
 from kt_sft.loading.errors import CheckpointError
+from kt_sft.loading.hashing import hash_file
 from kt_sft.loading.mapping import MatrixRead, ModulePlan
 from kt_sft.loading.ready.feedback import FEEDBACK_FORMATS, inverse_factor, lost, quantise
-from kt_sft.loading.ready.hashing import hash_file
 from kt_sft.loading.ready.planning import read_settings
 from kt_sft.loading.ready.texts import token_sequences
 from kt_sft.loading.ready.writing import Plain

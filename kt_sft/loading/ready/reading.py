@@ -16,9 +16,9 @@ from kt_sft.engine.store import LayerStore
 from kt_sft.engine.stored import map_stored, stored_parts
 from kt_sft.loading.checkpoint import Checkpoint, TensorEntry, read_header
 from kt_sft.loading.errors import CheckpointError
+from kt_sft.loading.hashing import hash_span
 from kt_sft.loading.layout import ExpertLayout
 from kt_sft.loading.mapping import MatrixRead, MatrixView, ModulePlan, check_routers
-from kt_sft.loading.ready.hashing import hash_span
 from kt_sft.loading.ready.manifest import MANIFEST, METHOD, Manifest, StoredExperts, StoredFile, read_manifest
 from kt_sft.loading.ready.names import MARK, bias_key, note_key, part_key
 from kt_sft.loading.sources.entries import STORED_DTYPES, CodesInFile, QuantisedEntry, Rows, read_span

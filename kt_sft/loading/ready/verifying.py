@@ -6,7 +6,7 @@ from pathlib import Path
 
 from kt_sft.loading.checkpoint import read_header
 from kt_sft.loading.errors import CheckpointError
-from kt_sft.loading.ready.hashing import Advance, hash_file, hash_tensors, nothing
+from kt_sft.loading.hashing import Advance, hash_file, hash_tensors, nothing
 from kt_sft.loading.ready.manifest import Manifest
 from kt_sft.loading.ready.reading import check_headers
 

@@ -24,10 +24,10 @@ from kt_sft.engine.store import LayerStore
 from kt_sft.engine.stored import copy_stored
 from kt_sft.loading.checkpoint import TensorEntry, identity_of
 from kt_sft.loading.errors import CheckpointError
+from kt_sft.loading.hashing import Advance, hash_file, hash_span, hash_tensors, nothing
 from kt_sft.loading.hub import model_name
 from kt_sft.loading.mapping import MatrixRead, ModulePlan
 from kt_sft.loading.memory import readable
-from kt_sft.loading.ready.hashing import Advance, hash_file, hash_span, hash_tensors, nothing
 from kt_sft.loading.ready.manifest import MANIFEST, METHOD, Manifest, OtherFile, StoredFile, StoredTensor, read_manifest
 from kt_sft.loading.ready.names import part_key
 from kt_sft.loading.ready.planning import PlannedFile, PlannedTensor, StorePlan, read_settings
