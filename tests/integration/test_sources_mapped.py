@@ -156,10 +156,9 @@ class TestUse:
         least = sum(tensors[key].nbytes for key in codes) >> 10
         for found in pages:
             (fields,) = found.values()  # one mapping for all layers
-            assert fields["Rss"] >= least > 0
-            assert fields["Pss"] <= fields["Rss"] // 2 + 1
-            assert fields["Anonymous"] == 0
-            assert fields["Private_Clean"] == fields["Private_Dirty"] == 0
+            # Of pages beside the codes the system may map some in one process alone.
+            assert fields["Rss"] - fields["Private_Clean"] >= least > 0
+            assert fields["Anonymous"] == fields["Private_Dirty"] == 0
 
 
 class TestDecision:
