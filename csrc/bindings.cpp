@@ -6,8 +6,11 @@
 
 #include <memory>
 #include <optional>
-#include <tuple>
+#include <string>
+#include <utility>
+#include <vector>
 
+#include "binding_arguments.h"
 #include "cpu/topology.h"
 #include "held_ticket.h"
 #include "moe/engine.h"
@@ -17,49 +20,6 @@ namespace py = pybind11;
 
 namespace kt {
 namespace {
-
-template <class T>
-T* Pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-DType DTypeFromName(const std::string& name) {
-  if (name == "float32") return DType::kF32;
-  if (name == "bfloat16") return DType::kBf16;
-  if (name == "float16") return DType::kF16;
-  throw std::invalid_argument("dtype must be float32, bfloat16 or float16, got " + name);
-}
-
-Activation ActivationFromName(const std::string& name) {
-  constexpr const char* kNames[kActivationCount] = {"silu", "gelu", "gelu_pytorch_tanh", "relu2", "swiglu_oai"};
-  for (int i = 0; i < kActivationCount; ++i) {
-    if (name == kNames[i]) return static_cast<Activation>(i);
-  }
-  throw std::invalid_argument("activation must be silu, gelu, gelu_pytorch_tanh, relu2 or swiglu_oai, got " + name);
-}
-
-Matrix MatrixFromName(const std::string& name) {
-  constexpr const char* kNames[kMatrixCount] = {"gate", "up", "down"};
-  for (int i = 0; i < kMatrixCount; ++i) {
-    if (name == kNames[i]) return static_cast<Matrix>(i);
-  }
-  throw std::invalid_argument("matrix must be gate, up or down, got " + name);
-}
-
-// "": the format's own.
-ScaleType ScaleTypeFromName(const std::string& name) {
-  if (name.empty()) return ScaleType::kNone;
-  if (name == "float32") return ScaleType::kF32;
-  if (name == "bfloat16") return ScaleType::kBf16;
-  if (name == "float16") return ScaleType::kF16;
-  throw std::invalid_argument("scales must be float32, bfloat16 or float16, got " + name);
-}
-
-Compute ComputeFromName(const std::string& name) {
-  if (name == "bf16") return Compute::kBf16;
-  if (name == "int8") return Compute::kInt8;
-  throw std::invalid_argument("compute must be bf16 or int8, got " + name);
-}
 
 // Names of the tiers of products and of integer products.
 using TierNames = std::pair<std::string, std::string>;
@@ -101,30 +61,6 @@ py::array_t<uint16_t> TakeBf16(const Engine& engine, int64_t rows, int64_t colum
     returned->pool->Give(std::move(returned->block));
   });
   return py::array_t<uint16_t>({rows, columns}, {columns * 2, int64_t{2}}, data, owner);
-}
-
-// Adapters in the engine's own format (moe/lora.h), as Python holds them: the padded rank, the scale, four addresses,
-// and dropout's seed and share of 2^32.
-using LoraAddresses = std::tuple<int64_t, float, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uint64_t, uint32_t>;
-// FP32 gradients of gate_up's A and B, and of down's.
-using LoraGradientAddresses = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t>;
-
-ExpertLora MakeLora(const std::optional<LoraAddresses>& given) {
-  ExpertLora lora;
-  if (!given) return lora;
-  const auto& [rank, scale, gate_up_a, gate_up_b, down_a, down_b, seed, below] = *given;
-  lora.rank = rank;
-  lora.scale = scale;
-  lora.dropout = {seed, below};
-  lora.gate_up = {Pointer<Bf16>(gate_up_a), Pointer<Bf16>(gate_up_b)};
-  lora.down = {Pointer<Bf16>(down_a), Pointer<Bf16>(down_b)};
-  return lora;
-}
-
-LoraGradients MakeLoraGradients(const std::optional<LoraGradientAddresses>& given) {
-  if (!given) return {};
-  const auto& [gate_up_a, gate_up_b, down_a, down_b] = *given;
-  return {Pointer<float>(gate_up_a), Pointer<float>(gate_up_b), Pointer<float>(down_a), Pointer<float>(down_b)};
 }
 
 void BindLayer(py::module_& m) {
@@ -251,18 +187,36 @@ void BindLayer(py::module_& m) {
       });
 }
 
+// Some milliseconds after it was called, the word there is 1: for trying out whether a device waits for that.
+void RaiseWordLater(void* word) {
+  std::this_thread::sleep_for(std::chrono::milliseconds(30));
+  __atomic_store_n(static_cast<uint32_t*>(word), 1U, __ATOMIC_RELEASE);
+}
+
 // One pass's method. Addresses that it has no use for are 0, as is a gradient that is not wanted.
-void BindPass(py::class_<Engine, EngineHolder>& engine, const char* name,
-              std::shared_ptr<Ticket> (Engine::*submit)(const LayerCall&)) {
+void BindPass(py::class_<Engine, EngineHolder>& engine, const char* name, Job::Direction direction) {
   engine.def(
       name,
-      [submit](Engine& engine, const ExpertLayer& layer, int64_t tokens, int64_t slots, const std::string& dtype,
-               uintptr_t hidden, uintptr_t experts, uintptr_t weights, uintptr_t retained, int64_t scratch_bytes,
-               const std::string& compute, uintptr_t output, uintptr_t output_grad, uintptr_t hidden_grad,
-               uintptr_t weights_grad, const std::optional<LoraAddresses>& lora,
-               const std::optional<LoraGradientAddresses>& lora_grads, py::object held) {
+      [direction](Engine& engine, const ExpertLayer& layer, int64_t tokens, int64_t slots, const std::string& dtype,
+                  uintptr_t hidden, uintptr_t experts, uintptr_t weights, uintptr_t retained, int64_t scratch_bytes,
+                  const std::string& compute, uintptr_t output, uintptr_t output_grad, uintptr_t hidden_grad,
+                  uintptr_t weights_grad, const std::optional<LoraAddresses>& lora,
+                  const std::optional<LoraGradientAddresses>& lora_grads, uintptr_t digests,
+                  const std::optional<RememberedAddresses>& remembered, const std::vector<CopyAddresses>& kept,
+                  const std::optional<RoutingAddresses>& retained_routing, py::object held) {
+        const bool is_forward = direction == Job::Direction::kForward;
+        if (is_forward ? retained_routing.has_value() : digests != 0 || remembered || !kept.empty()) {
+          throw std::invalid_argument(is_forward ? "kt_sft engine: retained_routing is for backward"
+                                                 : "kt_sft engine: digests, remembered and kept are for forward");
+        }
         layer.CheckFiles();
-        LayerCall call;
+        auto job = std::make_shared<Job>();
+        job->direction = direction;
+        job->digests = Pointer<uint64_t>(digests);
+        job->remembered = MakeRemembered(remembered);
+        job->kept = MakeCopies(kept);
+        job->retained_routing = MakeRouting(retained_routing);
+        LayerCall& call = job->call;
         call.layer = &layer;
         call.tokens = tokens;
         call.slots = slots;
@@ -279,26 +233,42 @@ void BindPass(py::class_<Engine, EngineHolder>& engine, const char* name,
         call.hidden_grad = Pointer<void>(hidden_grad);
         call.weights_grad = Pointer<float>(weights_grad);
         call.lora_grads = MakeLoraGradients(lora_grads);
-        return std::make_unique<HeldTicket>(engine, (engine.*submit)(call), std::move(held));
+        return std::make_unique<HeldTicket>(engine, std::move(job), std::move(held));
       },
       py::keep_alive<0, 1>(), py::kw_only(), py::arg("layer"), py::arg("tokens"), py::arg("slots"), py::arg("dtype"),
       py::arg("hidden"), py::arg("experts"), py::arg("weights"), py::arg("retained"), py::arg("scratch_bytes"),
       py::arg("compute"), py::arg("output") = 0, py::arg("output_grad") = 0, py::arg("hidden_grad") = 0,
-      py::arg("weights_grad") = 0, py::arg("lora") = py::none(), py::arg("lora_grads") = py::none(), py::arg("held"));
+      py::arg("weights_grad") = 0, py::arg("lora") = py::none(), py::arg("lora_grads") = py::none(),
+      py::arg("digests") = 0, py::arg("remembered") = py::none(), py::arg("kept") = std::vector<CopyAddresses>(),
+      py::arg("retained_routing") = py::none(), py::arg("held"));
+}
+
+void BindTicket(py::module_& m) {
+  py::class_<Ticket, std::shared_ptr<Ticket>>(m, "Completion").def_property_readonly("done", &Ticket::done);
+  py::class_<HeldTicket>(m, "Ticket")
+      .def("start", &HeldTicket::Start, "Hands it to the engine.")
+      .def("starter", &HeldTicket::Starter,
+           "Addresses of a C function, which does what `start` does, and of its argument: to be called exactly once.")
+      .def("signal", &HeldTicket::SetSignal, py::arg("address"), py::arg("value"),
+           "Before the start: the 32-bit word there is set when the results are in place, or there will be none.")
+      .def("cancel", &HeldTicket::Cancel, py::arg("message"),
+           "A ticket that is not started never will be: it is done, with a RuntimeError.")
+      .def("wait", &HeldTicket::Wait, py::arg("look") = py::none(),
+           "Waits for the work, and calls `look` from time to time; an error where the engine stands still.")
+      .def_property_readonly("done", &HeldTicket::done)
+      .def_property_readonly("remembered", &HeldTicket::remembered, "Once done: the output is the remembered call's.")
+      .def_property_readonly("recomputed", &HeldTicket::recomputed,
+                             "Once done: backward computed pre-activations again.")
+      .def_property_readonly("completion", &HeldTicket::completion,
+                             "For calls that remember this one; what the ticket holds does not stay for it.")
+      .def_property_readonly("submitted", &HeldTicket::submitted, "When it was started, like `span`.")
+      .def_property_readonly("span", &HeldTicket::Span, "(start, end) of the work in seconds of time.monotonic().");
 }
 
 void BindEngine(py::module_& m) {
-  py::class_<HeldTicket>(m, "Ticket")
-      .def(
-          "wait", &HeldTicket::Wait, py::kw_only(), py::arg("interval") = Engine::Patience().interval.count() / 1e3,
-          py::arg("looks") = Engine::Patience().looks,
-          "Waits for the work; an error where the engine does nothing between `looks` looks, `interval` seconds apart.")
-      .def_property_readonly("done", &HeldTicket::done)
-      .def_property_readonly("span", &HeldTicket::Span, "(start, end) of the work in seconds of time.monotonic().");
-
   py::class_<Engine, EngineHolder> engine(m, "Engine");
-  BindPass(engine, "submit_forward", &Engine::SubmitForward);
-  BindPass(engine, "submit_backward", &Engine::SubmitBackward);
+  BindPass(engine, "prepare_forward", Job::Direction::kForward);
+  BindPass(engine, "prepare_backward", Job::Direction::kBackward);
   engine
       .def(py::init([](int threads, const std::vector<std::vector<int>>& node_cpus, const TierNames& tiers,
                        int64_t spin_us) {
@@ -307,6 +277,13 @@ void BindEngine(py::module_& m) {
            py::arg("threads"), py::arg("node_cpus"), py::arg("tiers"), py::arg("spin_us") = ThreadPool::kSpin.count())
       .def_property_readonly("threads", &Engine::threads)
       .def_property_readonly("tier", [](const Engine& engine) { return TierName(engine.kernels().tier); })
+      .def(
+          "set_patience",
+          [](Engine& engine, double interval, int looks) {
+            engine.SetPatience({std::chrono::milliseconds(static_cast<int64_t>(interval * 1000)), looks});
+          },
+          py::arg("interval_seconds"), py::arg("looks"),
+          "An engine that does nothing between so many looks, so far apart, is found to stand still.")
       .def("take_bf16", &TakeBf16, py::arg("rows"), py::arg("columns"))
       .def("stats",
            [](const Engine& engine) {
@@ -338,7 +315,11 @@ void BindEngine(py::module_& m) {
 PYBIND11_MODULE(_native, m) {
   m.doc() = "kt_sft's native engine; use it through kt_sft.engine.";
   kt::BindLayer(m);
+  kt::BindTicket(m);
   kt::BindEngine(m);
+  m.def(
+      "word_raiser", [] { return reinterpret_cast<uintptr_t>(&kt::RaiseWordLater); },
+      "Address of a C function that sets the 32-bit word at its argument to 1, some milliseconds later.");
   m.def("available_tiers", &kt::AvailableTiers,
         "Names of the instruction tiers this CPU and this build have, lowest first.");
   m.def(

@@ -6,8 +6,6 @@ Shape letters: T tokens, K experts per token, H hidden size, I expert intermedia
 from __future__ import annotations
 
 import dataclasses
-import functools
-import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +13,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kt_sft.engine.crossing import Crossing, Place, Submission, cross
-from kt_sft.engine.meter import wait
+from kt_sft.config import launched_processes
+from kt_sft.engine.crossing import Crossing, Place, cross
 from kt_sft.engine.operands import Dropout, Operands, Term, split_gradients
 from kt_sft.engine.retention import CallKey, Result, Retained, remember, will_be_called_again
 from kt_sft.engine.store import dtype_name
+from kt_sft.engine.ticket import Ticket
 from kt_sft.engine.watchdog import explained
 
 if TYPE_CHECKING:
@@ -28,14 +27,14 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class CallTensors:
-    """What one forward of a layer reads and writes, on the CPU, and is kept of it for backward."""
+    """What is kept of one forward of a layer, on the CPU; filled when the engine is done with it."""
 
     x_TH: Tensor  # in the hidden states' dtype
     idx_TK: Tensor  # int64
     w_TK: Tensor  # FP32
-    y_TH: Tensor  # written by the engine
+    y_TH: Tensor | None  # to be remembered; None: not wanted
     retained: Retained | None  # None: not wanted, or to be recomputed
-    key: CallKey | None = None  # None: its result is not to be remembered, or was
+    key: CallKey | None  # None: of no call that is remembered
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,16 +54,12 @@ class _Backward:
     """One backward of a call that the engine is working on."""
 
     crossing: Crossing
-    wanted: Wanted
-    idx_TK: Tensor
-    submission: Submission | None = None
-    submitted: float = 0.0
-    recomputes: bool = False
+    ticket: Ticket
 
-    def gradients(self) -> tuple[Tensor | None, Tensor | None, list[Tensor]]:
+    def gradients(self, wanted: Wanted, around: int) -> tuple[Tensor | None, Tensor | None, list[Tensor]]:
         """Of hidden states, weights and operands, where they are wanted, on their devices."""
-        given = iter(self.crossing.deliver(self.crossing.results))
-        return next(given) if self.wanted.x else None, next(given) if self.wanted.w else None, list(given)
+        given = iter(self.crossing.finish(self.ticket, around))
+        return next(given) if wanted.x else None, next(given) if wanted.w else None, list(given)
 
 
 @dataclasses.dataclass
@@ -81,10 +76,8 @@ class Link:
     terms: Sequence[Term] = ()
     operands: Operands | None = None  # of `terms`: backward reads what forward did, whatever has become of them since
     dropout: Dropout = dataclasses.field(default_factory=Dropout)
-    crossing: Crossing | None = None  # of the forward, like what follows
-    submission: Submission | None = None
-    submitted: float = 0.0  # in seconds of time.monotonic()
-    tensors: CallTensors | None = None  # once it is submitted
+    around: int = -1  # the backward within which a checkpointed piece was called again
+    forward: tuple[Crossing, Ticket, CallTensors] | None = None  # until it is awaited
     backwards: dict[int, _Backward] = dataclasses.field(default_factory=dict)
 
     @property
@@ -92,6 +85,12 @@ class Link:
         """Where gradients of operands go, to be divided among adapters: that of all adapters that are trained."""
         devices = {tensor.device for term in self.terms for tensor in term.tensors if tensor.requires_grad}
         return devices.pop() if len(devices) == 1 else torch.device("cpu")
+
+    @property
+    def in_stream(self) -> bool:
+        """Whether a device may wait for a pass by itself."""
+        wanted = self.experts.config.await_in_stream
+        return _is_alone() if wanted is None else wanted
 
     def settings(self) -> dict[str, Any]:
         """What forward and backward of a call have in common."""
@@ -126,9 +125,13 @@ class Submit(torch.autograd.Function):
             (top_k_weights, torch.float32),
         ]
         output = Place(tuple(hidden_states.shape), hidden_states.dtype, hidden_states.device)
-        link.crossing = cross(hidden_states.device, sources, [output])
-        with explained("forward", top_k_index.shape[0]):
-            link.submission = link.crossing.submit(functools.partial(link.experts.submit_forward, link))
+        link.around = _walk()
+        with explained("forward", hidden_states.shape[0]):
+            in_stream = link.in_stream and (bool(link.wanted) or will_be_called_again()) and not _saving_is_hooked()
+            crossing = cross(hidden_states.device, sources, [output], in_stream=in_stream)
+            ticket, tensors = link.experts.prepare_forward(link, crossing)
+            crossing.start(ticket)
+        link.forward = crossing, ticket, tensors
         # Ties the two nodes together. Autograd has a queue for each device and runs a node in that of its output: on
         # this device both nodes keep their place among the model's, and what is beside them goes first.
         return torch.zeros((), device=hidden_states.device)
@@ -137,19 +140,13 @@ class Submit(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
         """Gives the gradients that the engine has computed."""
-        pending = ctx.link.backwards.pop(_walk())
-        meter, idx_TK = ctx.link.experts.meter, pending.idx_TK
-        asked = time.monotonic()
-        with explained("backward", idx_TK.shape[0]):
-            ticket = pending.submission.ticket()
-            noted = {"asked": asked, "is_backward": True, "recomputes": pending.recomputes}
-            wait(meter, ticket, pending.submitted, idx_TK, **noted)
-        x_grad, w_grad, operand_grads = pending.gradients()
+        link = ctx.link
+        x_grad, w_grad, operand_grads = link.backwards.pop(_walk()).gradients(link.wanted, link.around)
         if w_grad is not None:
             w_grad = w_grad.to(ctx.weights_dtype)
         adapter_grads: list[Tensor | None] = [None] * len(ctx.adapters)
         if operand_grads:
-            split = split_gradients(ctx.link.terms, operand_grads)
+            split = split_gradients(link.terms, operand_grads)
             adapter_grads = [
                 grad.to(*kind) if wanted else None
                 for grad, kind, wanted in zip(split, ctx.adapters, ctx.needs_input_grad[4:], strict=True)
@@ -163,40 +160,30 @@ class Await(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, _: Tensor, link: Link) -> Tensor:
         """Gives the output, [T, H], once the engine is done with it."""
-        crossing, submission = link.crossing, link.submission
-        assert crossing is not None
-        assert submission is not None
+        assert link.forward is not None
+        crossing, ticket, tensors = link.forward
+        link.forward = None
         ctx.link = link
-        asked = time.monotonic()
-        try:
-            with explained("forward", crossing.sources[1].shape[0]):
-                ticket = submission.ticket()
-                tensors = link.tensors
-                assert tensors is not None
-                if ticket is not None:
-                    wait(link.experts.meter, ticket, link.submitted, tensors.idx_TK, asked=asked)
-        finally:
-            link.crossing = link.submission = link.tensors = None
+        (output,) = crossing.finish(ticket, link.around)
         # Pre-activations may be given up before backward, which then needs hidden states. Shapes do not depend on the
         # routing, as non-reentrant checkpointing demands.
         ctx.retained = tensors.retained
         if link.wanted:
             ctx.save_for_backward(tensors.x_TH, tensors.idx_TK, tensors.w_TK)
-        if tensors.key is not None:
-            y_TH = crossing.keep(tensors.y_TH).detach()  # it must not keep the graph alive that keeps it
-            result = Result(tensors.key, y_TH, y_TH._version, tensors.retained)
-            if will_be_called_again():
-                link.experts.count(y_TH, result)
-                remember(link.experts, result)
-        (output,) = crossing.deliver([tensors.y_TH])
+        if tensors.y_TH is not None:
+            assert tensors.key is not None
+            y_TH = tensors.y_TH.detach()  # it must not keep the graph alive that keeps it
+            result = Result(tensors.key, y_TH, y_TH._version, tensors.retained, ticket.completion)
+            link.experts.count(y_TH, result)
+            remember(link.experts, result)
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, y_grad: Tensor) -> tuple[Tensor, None]:
         """Hands the output's gradient to the engine."""
-        link, wanted, retained = ctx.link, ctx.link.wanted, ctx.retained
-        x_TH, idx_TK, w_TK = ctx.saved_tensors
+        link, wanted = ctx.link, ctx.link.wanted
+        _, _, w_TK = saved = ctx.saved_tensors
         places = []
         if wanted.x:
             places.append(Place(tuple(y_grad.shape), y_grad.dtype, y_grad.device))
@@ -204,49 +191,63 @@ class Await(torch.autograd.Function):
             places.append(Place(tuple(w_TK.shape), torch.float32, link.weights_device))
         if wanted.adapters:
             places += [Place(tuple(t.shape), torch.float32, link.adapters_device) for t in link.operands.tensors]
-        pending = _Backward(cross(y_grad.device, [(y_grad, y_grad.dtype)], places), wanted, idx_TK)
-
-        def submit() -> Any:
-            pre_SI = None if retained is None else retained.of(idx_TK, w_TK)
-            return _submit_backward(link, pending, x_TH, w_TK, pre_SI)
-
-        with explained("backward", idx_TK.shape[0]):
-            pending.submission = pending.crossing.submit(submit)
-        link.backwards[_walk()] = pending
+        with explained("backward", y_grad.shape[0]):
+            crossing = cross(y_grad.device, [(y_grad, y_grad.dtype)], places, in_stream=link.in_stream)
+            ticket = _prepare_backward(link, crossing, saved, ctx.retained)
+            crossing.start(ticket)
+        link.backwards[_walk()] = _Backward(crossing, ticket)
         return torch.zeros((), device=y_grad.device), None
 
 
 def _walk() -> int:
-    """Of the backward that this thread is in, a number that no other has."""
+    """Of the backward that this thread is in, a number that no other has; -1 outside of any."""
     return torch._C._current_graph_task_id()
 
 
-def _submit_backward(link: Link, pending: _Backward, x_TH: Tensor, w_TK: Tensor, pre_SI: Tensor | None) -> Any:
-    """Hands a backward to the engine, once the output's gradient is on the CPU; gives the ticket."""
-    (dy_TH,), results = pending.crossing.sources, iter(pending.crossing.results)
-    dx_TH = next(results) if pending.wanted.x else None
-    dw_TK = next(results) if pending.wanted.w else None
-    operand_grads = tuple(results)
-    for grad in operand_grads:
-        grad.zero_()  # the engine adds to them
-    tokens, slots = pending.idx_TK.shape
+def _is_alone() -> bool:
+    """Whether no other process adds its gradients to this one's: those of a pass that failed must not be among them."""
+    distributed = torch.distributed
+    grouped = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+    return not grouped and launched_processes() == 1
+
+
+def _saving_is_hooked() -> bool:
+    """Whether somebody else than checkpointing is given what is saved for backward, and may read it at once."""
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    if top is None:  # an older torch, which does not say
+        return True
+    hooks = top(False)
+    return hooks is not None and getattr(hooks[0], "__module__", None) != "torch.utils.checkpoint"
+
+
+def _prepare_backward(
+    link: Link, crossing: Crossing, saved: tuple[Tensor, Tensor, Tensor], retained: Retained | None
+) -> Ticket:
+    """Prepares a backward; the output's gradient may be on its way to the CPU yet."""
+    (dy_TH,), results, (x_TH, idx_TK, w_TK) = crossing.sources, iter(crossing.results), saved
+    dx_TH = next(results) if link.wanted.x else None
+    dw_TK = next(results) if link.wanted.w else None
+    tokens, slots = idx_TK.shape
+    pre_SI = None if retained is None else retained.pre_SI
+    routing = None if retained is None else retained.routing
     link.experts.store.expect(tokens * slots, forward=False)
-    pending.submitted, pending.recomputes = time.monotonic(), pre_SI is None
-    return link.experts.engine.submit_backward(
+    native = link.experts.engine.prepare_backward(
         **link.settings(),
         tokens=tokens,
         slots=slots,
         dtype=dtype_name(dy_TH.dtype, "the output's gradient"),
         hidden=address(x_TH),
-        experts=pending.idx_TK.data_ptr(),
+        experts=idx_TK.data_ptr(),
         weights=w_TK.data_ptr(),
         retained=address(pre_SI),
+        retained_routing=None if routing is None else tuple(address(tensor) for tensor in routing),
         output_grad=dy_TH.data_ptr(),
         hidden_grad=address(dx_TH),
         weights_grad=address(dw_TK),
-        lora_grads=tuple(grad.data_ptr() for grad in operand_grads) or None,
-        held=(x_TH, pending.idx_TK, w_TK, pre_SI, pending.crossing.held, link.experts.store.native, link.operands),
+        lora_grads=tuple(grad.data_ptr() for grad in results) or None,
+        held=(saved, pre_SI, routing, crossing.held, link.experts.store.native, link.operands),
     )
+    return Ticket(native, idx_TK, is_backward=True, meter=link.experts.meter)
 
 
 def address(tensor: Tensor | None) -> int:

@@ -77,6 +77,10 @@ class KTConfig(QuantizationConfigMixin):
         interleave_micro_batches: Whether two micro-batches of a step are computed at a time, so that the accelerator
             works on one while the engine computes the experts of the other. None: where there is an accelerator. Where
             it would change more than the order of a sum, as with dropout, it is off, and the log says why.
+        await_in_stream: Whether an accelerator that can waits for the experts' results by itself in training, while the
+            model's code goes on: the error of a pass that fails shows some layers later, at the latest at the end of
+            backward. Otherwise the host waits, and the error shows in the call that failed. None: where there is one
+            process; gradients of several are added up before that.
         metrics: What the Trainer logs of the engine's work: "step" (a step's times, share hidden, load, speed, memory),
             "layers" (that, and times and load of every layer), or "off".
         profile: Where to write a Chrome trace of two steps, the engine's work beside the accelerator's; Perfetto and
@@ -102,6 +106,7 @@ class KTConfig(QuantizationConfigMixin):
     retained_mb: int | None = None
     overlap_shared_experts: bool | None = None
     interleave_micro_batches: bool | None = None
+    await_in_stream: bool | None = None
     metrics: str = "step"
     profile: str | None = None
     scratch_mb: int = 1024
@@ -120,6 +125,7 @@ class KTConfig(QuantizationConfigMixin):
         self._check_flag("lora_experts")
         self._check_flag("overlap_shared_experts")
         self._check_flag("interleave_micro_batches")
+        self._check_flag("await_in_stream")
         self._check_flag("check_memory")
         self._check_count("group_size", least=0)
         self._check_count("num_threads", least=1, most=MOST_THREADS)

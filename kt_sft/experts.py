@@ -5,7 +5,6 @@ Shape letters: T tokens, K experts per token, E experts, H hidden size, I expert
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from kt_sft.autograd import Await, CallTensors, Link, Submit, Wanted, address
 from kt_sft.config import KTConfig
+from kt_sft.engine.crossing import Crossing
 from kt_sft.engine.engine import get_engine
 from kt_sft.engine.low_rank import LowRank
 from kt_sft.engine.meter import Meter
@@ -28,6 +28,7 @@ from kt_sft.engine.retention import (
     will_be_called_again,
 )
 from kt_sft.engine.store import LayerStore, dtype_name
+from kt_sft.engine.ticket import Ticket
 from kt_sft.engine.turns import hand_over
 
 
@@ -166,6 +167,8 @@ class CpuExperts(nn.Module):
             ValueError: A shape does not fit, or an adapter with dropout is not alone.
             TypeError: A dtype is not supported.
             IndexError: An index is out of range.
+            EngineError: The pass failed. Of tensors on an accelerator this, and the index, may show later instead, in
+                another call or in backward (config.await_in_stream); the output is NaN then.
             RuntimeError: `beside` wrote to `hidden_states`.
         """
         self._check_inputs(hidden_states, top_k_index, top_k_weights)
@@ -213,50 +216,33 @@ class CpuExperts(nn.Module):
             terms, (rows, self.hidden_dim), (self.hidden_dim, self.intermediate_dim), self.num_experts
         )
 
-    def submit_forward(self, link: Link) -> Any:
-        """Hands a call to the engine, whose tokens are on the CPU by now; says in `link.tensors` what it is about.
+    def prepare_forward(self, link: Link, crossing: Crossing) -> tuple[Ticket, CallTensors]:
+        """Prepares a call, whose tokens may be on their way to the CPU yet: no value of them is looked at.
 
         Returns:
-            The ticket; None where the result is remembered.
-
-        Raises:
-            IndexError: An index is out of range.
+            What is to be started when they are there, and what the call is about.
         """
-        crossing = link.crossing
-        assert crossing is not None
-        x_TH, idx_TK, w_TK = crossing.sources
-        self._check_index(idx_TK)
+        (x_TH, idx_TK, w_TK), (y_TH,) = crossing.sources, crossing.results
         is_kept = self.config.activation_policy == "retain" and is_checkpointed()
-        lasting = idx_TK, w_TK
-        if link.wanted or is_kept:
-            lasting = crossing.keep(idx_TK), crossing.keep(w_TK)
         is_first = will_be_called_again()
-        is_again = is_kept and not is_first
-        result = recall(self, CallKey.of(x_TH, *lasting, link.operands, link.dropout)) if is_again else None
-        if result is not None:
-            x_TH = crossing.keep(x_TH) if link.wanted else x_TH
-            link.tensors = CallTensors(x_TH, *lasting, result.y_TH.detach(), result.retained)
-            return None
-        if link.wanted and crossing.is_copied and not is_first:
-            self.count(x_TH, link)  # a copy, kept for backward
-        retained = self._retained(*lasting, retains=bool(link.wanted))
-        (y_TH,) = crossing.results
-        ticket = self._submit(link, x_TH, idx_TK, w_TK, y_TH, retained)
-        # The engine is at work by now: what follows costs no time of its own.
-        key = CallKey.of(x_TH, *lasting, link.operands, link.dropout) if is_kept and is_first else None
-        x_TH = crossing.keep(x_TH) if link.wanted else x_TH
-        link.tensors = CallTensors(x_TH, *lasting, y_TH, retained, key)
-        return ticket
-
-    def _submit(
-        self, link: Link, x_TH: Tensor, idx_TK: Tensor, w_TK: Tensor, y_TH: Tensor, retained: Retained | None
-    ) -> Any:
-        assert link.crossing is not None
+        idx_kept_TK, w_kept_TK = idx_TK, w_TK
+        if link.wanted or is_kept:
+            idx_kept_TK, w_kept_TK = crossing.keep(idx_TK), crossing.keep(w_TK)
+        x_kept_TH = crossing.keep(x_TH) if link.wanted else x_TH
+        y_kept_TH = crossing.keep(y_TH) if is_kept and is_first else None
+        key = CallKey.of(x_TH, idx_kept_TK, w_kept_TK, link.operands, link.dropout) if is_kept else None
+        known = None if key is None or is_first else recall(self, key)
+        if known is None:
+            if link.wanted and crossing.is_copied and not is_first:
+                self.count(x_kept_TH, link)  # a copy, kept for backward
+            retained = self._retained(idx_kept_TK, w_kept_TK, retains=bool(link.wanted))
+        else:
+            retained = known.retained
+        tensors = CallTensors(x_kept_TH, idx_kept_TK, w_kept_TK, y_kept_TH, retained, key)
         tokens, slots = idx_TK.shape
         pre_SI = None if retained is None else retained.pre_SI
         self.store.expect(tokens * slots, forward=True)
-        link.submitted = time.monotonic()
-        return self.engine.submit_forward(
+        native = self.engine.prepare_forward(
             **link.settings(),
             tokens=tokens,
             slots=slots,
@@ -266,18 +252,12 @@ class CpuExperts(nn.Module):
             weights=w_TK.data_ptr(),
             retained=address(pre_SI),
             output=y_TH.data_ptr(),
-            held=(link.crossing.held, pre_SI, self.store.native, link.operands),
+            digests=0 if key is None else key.digests_T.data_ptr(),
+            remembered=None if known is None else known.native,
+            kept=list(crossing.kept),
+            held=(crossing.held, pre_SI, self.store.native, link.operands, tensors, known),
         )
-
-    def _check_index(self, idx_TK: Tensor) -> None:
-        if not idx_TK.numel():
-            return
-        low, high = (int(bound) for bound in idx_TK.aminmax())
-        if low < 0 or high > self.num_experts:
-            raise IndexError(
-                f"kt_sft: top_k_index holds {low if low < 0 else high}; valid are 0 to {self.num_experts - 1}, "
-                f"and {self.num_experts} for no expert"
-            )
+        return Ticket(native, idx_kept_TK, is_backward=False, meter=self.meter), tensors
 
     def _retained(self, idx_TK: Tensor, w_TK: Tensor, retains: bool) -> Retained | None:
         """Memory for pre-activations, where they are wanted and there is room."""

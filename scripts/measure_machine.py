@@ -10,7 +10,8 @@ Parts, in this order, so that what a short time cuts off is what matters least:
     cxx        the C++ tests on every tier of the CPU; with AMX, on its own tiles
     gpu_tests  the tests marked `gpu`
     bench      `kt-sft bench`, every format, with plot; on AMX machines AVX512-BF16 as well
-    profile    a few steps of a random model of Qwen3-30B-A3B's layers: trace.json, a picture, shares of idle time
+    profile    a few steps of a random model of Qwen3-30B-A3B's layers: trace.json, a picture, shares of idle time; with
+               an accelerator the same where the host waits for the experts, to compare
     compare    against DeepSpeed's ZeRO-3 offload and LLaMA-Factory alone, over the size of a micro-batch
 
 A part that fails is noted and the next one runs; one that is stopped for time keeps what it wrote. Each part's output
@@ -51,22 +52,33 @@ PARTS: dict[str, list[str]] = {
     ],
     "profile": [
         'python scripts/measure_machine.py --profile "$OUT"',
-        'python scripts/plot_trace.py "$OUT/trace.json" "$OUT/trace.png" | tee "$OUT/trace_figures.json"',
+        'for trace in "$OUT"/trace*.json; do python scripts/plot_trace.py "$trace" "${trace%.json}.png" '
+        '| tee "${trace%.json}_figures.txt"; done',
     ],
     "compare": ['python scripts/compare_zero_offload.py --rounds 1 --steps 8 --out "$OUT/compare"'],
 }
 
 
 def profile(out: Path) -> int:
-    """Trains a few steps on a random model with `kt_sft: {profile: ...}`; returns the exit status."""
+    """Trains a few steps on a random model with `kt_sft: {profile: ...}`; returns the exit status.
+
+    Where there is an accelerator it does so twice: the second time the host waits for the experts instead of it.
+    """
+    import torch
     import yaml
 
     recipe = yaml.safe_load((REPOSITORY / "recipes/compare/lora.yaml").read_text(encoding="utf-8"))
     recipe["per_device_train_batch_size"] = 4
-    recipe["kt_sft"] |= {"profile": str(out / "trace.json"), "activation_policy": "retain"}
-    (out / "profile.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
-    options = [*_MODEL, "--recipe", str(out / "profile.yaml"), "--contenders", "kt_sft"]
-    return subprocess.call([str(_BIN / "kt-sft"), "compare", *options, "--rounds", "1", "--out", str(out / "profile")])
+    runs = {"trace": True} | ({"trace_host_waits": False} if torch.accelerator.is_available() else {})
+    status = 0
+    for name, in_stream in runs.items():
+        settings = {"activation_policy": "retain", "await_in_stream": in_stream}
+        recipe["kt_sft"] |= settings | {"profile": str(out / f"{name}.json")}
+        (out / f"{name}.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+        options = [*_MODEL, "--recipe", str(out / f"{name}.yaml"), "--contenders", "kt_sft", "--rounds", "1"]
+        command = [str(_BIN / "kt-sft"), "compare", *options, "--out", str(out / name.replace("trace", "profile"))]
+        status = status or subprocess.call(command)
+    return status
 
 
 def run(part: str, out: Path, seconds: float) -> int | None:

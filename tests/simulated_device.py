@@ -6,8 +6,11 @@ copies run in two halves, so that whoever reads too early, or writes too early, 
 
 from __future__ import annotations
 
+import ctypes
 import random
 import threading
+import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,10 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kt_sft.engine.crossing import Submission
-
 #: What memory holds that nothing has been written to.
 POISON = 0xC5
+
+
+#: Seconds in which the engine, which works in real time, sets a word that a stream waits for.
+_PATIENCE = 20.0
 
 
 class Event:
@@ -27,9 +32,36 @@ class Event:
 
     def __init__(self) -> None:
         self.is_complete = False
+        self.time = 0.0
 
     def complete(self) -> None:
         self.is_complete = True
+        self.time = time.monotonic()
+
+
+class Word:
+    """Of memory, that a stream waits for."""
+
+    def __init__(self, address: int, value: int) -> None:
+        self._word, self._value = ctypes.c_uint32.from_address(address), value
+
+    @property
+    def is_complete(self) -> bool:
+        return (self._word.value - self._value) % (1 << 32) < 1 << 31
+
+
+class Call:
+    """Of a C function, by a thread of the driver."""
+
+    def __init__(self, function: int, argument: int) -> None:
+        self._thread = threading.Thread(target=ctypes.CFUNCTYPE(None, ctypes.c_void_p)(function), args=(argument,))
+
+    def start(self) -> None:
+        self._thread.start()
+
+    @property
+    def is_complete(self) -> bool:
+        return not self._thread.is_alive()
 
 
 class Stream:
@@ -44,7 +76,7 @@ class Stream:
     def __init__(self, eager: bool = False, speed: float = 1.0) -> None:
         self.eager = eager
         self.speed = speed
-        self.operations: deque[tuple[Event | None, Callable[[], None]]] = deque()
+        self.operations: deque[tuple[Event | Word | Call | None, Callable[[], None]]] = deque()
 
     @property
     def is_ready(self) -> bool:
@@ -53,6 +85,10 @@ class Stream:
         event, _ = self.operations[0]
         return event is None or event.is_complete
 
+    @property
+    def waits_for_the_host(self) -> bool:
+        return bool(self.operations) and isinstance(self.operations[0][0], Word | Call)
+
 
 class SimulatedDevice:
     """An `Accelerator`.
@@ -60,13 +96,18 @@ class SimulatedDevice:
     Args:
         seed: Decides the order.
         eager: Whether the model's own stream is eager; otherwise put its operations there by `compute`.
+        calls: Whether its driver calls functions.
+        waits: Whether it waits for memory.
     """
 
-    def __init__(self, seed: int, eager: bool = False) -> None:
+    def __init__(self, seed: int, eager: bool = False, *, calls: bool = True, waits: bool = True) -> None:
+        self.calls, self.waits = calls, waits
         self.random = random.Random(seed)
         self.model_stream = Stream(eager)
         self.streams = [self.model_stream]
         self.pinned_bytes: list[int] = []
+        self._pinned: list[range] = []
+        self.lost = 0  # copies to the host whose source was given up before
         self.released = 0
         self.users: list[str] = []
         self._lock = threading.RLock()
@@ -96,13 +137,28 @@ class SimulatedDevice:
         finally:
             self._current.stream = previous
 
-    def record(self, stream: Stream) -> Event:
+    def record(self, stream: Stream, *, timed: bool = False) -> Event:
         event = Event()
         self._put(stream, event.complete)
         return event
 
-    def record_for_host(self, stream: Stream) -> Event:
-        return self.record(stream)
+    def seconds(self, first: Event, second: Event) -> float:
+        assert first.is_complete
+        assert second.is_complete
+        return second.time - first.time
+
+    def call(self, stream: Stream, function: int, argument: int) -> bool:
+        if self.calls:
+            call = Call(function, argument)
+            self._put(stream, call.start)
+            self._put(stream, lambda: None, call)
+        return self.calls
+
+    def wait_for_value(self, stream: Stream, address: int, value: int) -> bool:
+        if self.waits:
+            assert not stream.eager
+            self._put(stream, lambda: None, Word(address, value))
+        return self.waits
 
     def wait(self, stream: Stream, event: Event) -> None:
         if stream.eager:
@@ -118,14 +174,31 @@ class SimulatedDevice:
 
     def synchronize(self, event: Event) -> None:
         with self._lock:
+            deadline = time.monotonic() + _PATIENCE
             while not event.is_complete:
-                assert self._step(), "an event is waited for that no stream will ever come to"
+                if not self._step():
+                    assert any(stream.waits_for_the_host for stream in self.streams), "no stream will ever come there"
+                    assert time.monotonic() < deadline, "nobody sets the word that a stream waits for"
+                    time.sleep(1e-5)
 
     def copy(self, target: Tensor, source: Tensor) -> None:
-        half = target.numel() // 2
-        to, come_from = target.view(-1), source.reshape(-1)
-        self.compute(lambda: to[:half].copy_(come_from[:half]))
-        self.compute(lambda: to[half:].copy_(come_from[half:]))
+        assert target.is_contiguous()
+        source = source.contiguous()
+        half, size = target.nbytes // 2, target.nbytes
+        is_to_host = any(target.data_ptr() in memory for memory in self._pinned)
+        # Where the model's stream is eager nothing here keeps a source alive: autograd writes to what nobody else has.
+        # Otherwise it must, as memory is given up in the order of streams, which this is not.
+        held = weakref.ref(source) if is_to_host and self.model_stream.eager else source
+
+        def copy(begin: int, end: int) -> None:  # as a device does: autograd does not see it
+            come_from = held() if isinstance(held, weakref.ref) else held
+            if come_from is None:
+                self.lost += 1
+                return
+            ctypes.memmove(target.data_ptr() + begin, come_from.data_ptr() + begin, end - begin)
+
+        self.compute(lambda: copy(0, half))
+        self.compute(lambda: copy(half, size))
 
     def used_on(self, tensor: Tensor, stream: Stream) -> None:
         pass
@@ -138,7 +211,9 @@ class SimulatedDevice:
 
     def pinned(self, nbytes: int) -> Tensor:
         self.pinned_bytes.append(nbytes)
-        return torch.full((nbytes,), POISON, dtype=torch.uint8)
+        memory = torch.full((nbytes,), POISON, dtype=torch.uint8)
+        self._pinned.append(range(memory.data_ptr(), memory.data_ptr() + nbytes))
+        return memory
 
     def release_pinned(self) -> None:
         self.released += 1
@@ -153,14 +228,29 @@ class SimulatedDevice:
             for _ in range(self.random.randrange(4)):
                 self._step()
 
+    def run_one(self) -> bool:
+        """Lets one operation run, or waits a little for the host; False if nothing is going to happen."""
+        with self._lock:
+            if self._step():
+                return True
+            time.sleep(1e-5)
+            return any(stream.waits_for_the_host for stream in self.streams)
+
+    def run_on(self) -> None:
+        """Lets operations run as long as any can, but no longer than some time."""
+        deadline = time.monotonic() + 1.0
+        while self.run_one() and time.monotonic() < deadline:
+            pass
+
     def run_all(self) -> None:
         """Lets the streams run until they are empty."""
         with self._lock:
-            while self._step():
-                pass
+            deadline = time.monotonic() + _PATIENCE
+            while self._step() or any(stream.waits_for_the_host for stream in self.streams):
+                assert time.monotonic() < deadline, "nobody sets the word that a stream waits for"
             assert not any(stream.operations for stream in self.streams)
 
-    def _put(self, stream: Stream, function: Callable[[], Any], after: Event | None = None) -> None:
+    def _put(self, stream: Stream, function: Callable[[], Any], after: Event | Word | Call | None = None) -> None:
         if stream.eager:
             function()
             return
@@ -172,45 +262,10 @@ class SimulatedDevice:
         if ready:
             (stream,) = self.random.choices(ready, [stream.speed for stream in ready])
             _, function = stream.operations.popleft()
-            function()
+            with torch.no_grad():  # the device's own work, whoever looks
+                function()
         return bool(ready)
 
 
 def poison(tensor: Tensor) -> None:
-    tensor.view(-1).view(torch.uint8).fill_(POISON)
-
-
-class LateSubmitter:
-    """A `Submitter` without a thread: jobs run when a seed says so, at the latest when their ticket is asked for."""
-
-    def __init__(self, device: SimulatedDevice) -> None:
-        self._device = device
-        self._posted: deque[Callable[[], None]] = deque()
-
-    def post(self, arrived: Event, job: Callable[[], Any]) -> Submission:
-        submission = _LateSubmission(self.run_next)
-
-        def run() -> None:
-            self._device.synchronize(arrived)
-            submission.run(job)
-
-        self._posted.append(run)
-        return submission
-
-    def run_next(self) -> bool:
-        """Runs the oldest job; False if there is none."""
-        if self._posted:
-            self._posted.popleft()()
-            return True
-        return False
-
-
-class _LateSubmission(Submission):
-    def __init__(self, run_next: Callable[[], bool]) -> None:
-        super().__init__()
-        self._run_next = run_next
-
-    def ticket(self) -> Any:
-        while not self._is_over.is_set():
-            assert self._run_next(), "nobody is going to submit this"
-        return super().ticket()
+    ctypes.memset(tensor.data_ptr(), POISON, tensor.nbytes)

@@ -4,48 +4,19 @@
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
-#include <deque>
 #include <exception>
 #include <functional>
 #include <memory>
 #include <mutex>
-#include <stdexcept>
 #include <thread>
 #include <utility>
 #include <vector>
 
+#include "moe/job.h"
 #include "moe/pass.h"
+#include "moe/ticket.h"
 
 namespace kt {
-
-// What is thrown where somebody waits for an engine that does nothing any more.
-class EngineStalledError : public std::runtime_error {
- public:
-  using std::runtime_error::runtime_error;
-};
-
-// A submitted piece of work. Thread-safe.
-class Ticket {
- public:
-  // Returns when the work is done; throws what the work threw.
-  void Wait();
-  // The same for at most that long; says whether the work was done.
-  bool WaitFor(std::chrono::milliseconds patience);
-  bool done() const;
-  // When the engine began and ended the work, on std::chrono::steady_clock; only once it is done.
-  using Clock = std::chrono::steady_clock;
-  std::pair<Clock::time_point, Clock::time_point> span() const;
-
- private:
-  friend class Engine;
-  void Finish(Clock::time_point started, std::exception_ptr error);
-
-  mutable std::mutex mutex_;
-  std::condition_variable finished_;
-  bool done_ = false;
-  Clock::time_point started_, finished_at_;
-  std::exception_ptr error_;
-};
 
 struct PassStats {
   int64_t calls = 0, tokens = 0;
@@ -78,12 +49,32 @@ class Engine {
   int threads() const { return pool_.threads(); }
   std::shared_ptr<BlockPool> blocks() const { return blocks_; }
 
-  // Queue a pass. What `call` points to must stay alive until the ticket is done; its indices must lie in [0, E].
+  // A ticket for a job, or for anything else that must have the engine's threads to itself. What it points to must stay
+  // alive until the ticket is done.
+  std::shared_ptr<Ticket> Prepare(const std::shared_ptr<Job>& job);
+  std::shared_ptr<Ticket> Prepare(std::function<void()> work);
+
+  // Sets the word to that value, unless it is ahead of it modulo 2^32, once, when a ticket's results are in their place
+  // or it is sure that there will be none; the ticket must not be started yet. Nobody on this side may be waiting while
+  // a device waits for the word, so a thread of the engine watches whether it stands still from now on: if so, the
+  // words of all tickets that are queued or running are set.
+  void SetSignal(Ticket& ticket, uint32_t* word, uint32_t value);
+
+  // Hands a ticket to the engine, which does one after the other. One whose results are remembered may be done before
+  // those that were started before it; those that are started after it come later in any case. Throws std::logic_error
+  // for one that was started or given a starter before, EngineStalledError where the engine was found to stand still
+  // and still does, and its error for one that was cancelled.
+  void Start(const std::shared_ptr<Ticket>& ticket);
+
+  // The same for whoever can call a C function alone, as a device's driver can: it must be called exactly once, with
+  // that argument, by any thread and at any time, also after the engine is gone. Instead of throwing, the ticket is
+  // done with the error.
+  using Function = void (*)(void* argument);
+  std::pair<Function, void*> Starter(const std::shared_ptr<Ticket>& ticket);
+
+  // Prepare and Start.
   std::shared_ptr<Ticket> SubmitForward(const LayerCall& call);
   std::shared_ptr<Ticket> SubmitBackward(const LayerCall& call);
-
-  // Queues anything else that must have the engine's threads to itself.
-  // All three throw EngineStalledError where a wait has found that the engine stands still, and it still does.
   std::shared_ptr<Ticket> Submit(std::function<void()> work);
 
   // How a stalled engine is found: one that has done nothing between any two of `looks` looks. Looks are counted, not
@@ -93,11 +84,14 @@ class Engine {
     std::chrono::milliseconds interval{1000};
     int looks = 600;
   };
+  // Throws std::invalid_argument for one that never ends or has no intervals.
+  void SetPatience(const Patience& patience);
   // As ticket.Wait(), for a ticket of this engine, and calls `on_look` after each interval. Throws EngineStalledError
-  // when patience is at its end; what the work uses must then stay alive, as it may go on.
-  void Wait(Ticket& ticket, const std::function<void()>& on_look, const Patience& patience) const;
-  void Wait(Ticket& ticket) const;
-  // Whether a wait has found that the engine stands still, and it has done nothing since.
+  // when patience is at its end; what the work uses must then stay alive, as it may go on. While a ticket is not
+  // started nobody loses patience because of it.
+  void Wait(Ticket& ticket, const std::function<void()>& on_look);
+  void Wait(Ticket& ticket);
+  // Whether the engine was found to stand still, and has done nothing since.
   bool stalled() const;
 
   EngineStats stats() const;
@@ -105,15 +99,29 @@ class Engine {
   MachinePeak Peak();
 
  private:
-  struct Job {
-    std::function<void()> work;
-    std::shared_ptr<Ticket> ticket;
+  struct Queue;  // what starters share with the engine, and outlives it with them
+  struct StarterArgument;
+
+  // What one who looks at the engine from time to time remembers of the last look.
+  struct Looks {
+    bool pending = false;
+    uint64_t progress = 0;
+    int idle = 0;  // looks in a row that found work and no progress
   };
 
   void Loop();
+  void RecallLoop();
+  void Watch();
+  // Looks whether the engine has gone on since the last look, and finds it stalled when patience is at its end.
+  void Look(Looks& looks, bool pending);
+  void FindStalled(uint64_t progress);
   uint64_t Progress() const;
   void CheckRunning() const;
-  std::shared_ptr<Ticket> SubmitPass(void (Pass::*pass)(const LayerCall&), const LayerCall& call, PassStats* stats);
+  Patience patience() const;
+  // Queues a ticket; one that cannot be queued is done, with the error that is returned.
+  static std::exception_ptr Enqueue(Queue& queue, const std::shared_ptr<Ticket>& ticket) noexcept;
+  std::shared_ptr<Ticket> SubmitPass(Job::Direction direction, const LayerCall& call);
+  void RunJob(Job& job);
   MachinePeak MeasurePeak();
 
   const TierKernels& kernels_;
@@ -123,16 +131,21 @@ class Engine {
   MachinePeak peak_;
   std::shared_ptr<BlockPool> blocks_;
 
-  mutable std::mutex mutex_;
-  std::condition_variable wake_;
-  std::deque<Job> jobs_;
-  bool stopping_ = false;
-  std::atomic<int> calls_{0};       // jobs in the queue, and the call to stop
-  std::atomic<uint64_t> turns_{0};  // jobs begun and jobs done
-  mutable std::atomic<bool> found_stalled_{false};
-  mutable std::atomic<uint64_t> stalled_at_{0};  // Progress() then
+  const std::shared_ptr<Queue> queue_;
+  std::atomic<uint64_t> turns_{0};  // tickets begun and tickets done with
+  std::atomic<bool> found_stalled_{false};
+  std::atomic<uint64_t> stalled_at_{0};  // Progress() then
+  mutable std::mutex stats_mutex_;
   EngineStats stats_;
-  std::thread thread_;  // last: starts when everything else stands
+
+  mutable std::mutex watch_mutex_;
+  std::condition_variable watch_wake_;
+  Patience patience_;
+  bool watch_ends_ = false;
+  std::thread watch_;  // from the first signal on
+  std::once_flag recalls_;
+  std::thread recaller_;  // from the first job on that remembers a call
+  std::thread thread_;    // last: starts when everything else stands
 };
 
 }  // namespace kt

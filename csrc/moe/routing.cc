@@ -2,13 +2,25 @@
 
 #include <algorithm>
 #include <stdexcept>
+#include <string>
 
 namespace kt {
+namespace {
+
+// Says which of the indices is wrong: the smallest if that is below 0, else the largest.
+[[noreturn]] void ThrowOutOfRange(const int64_t* experts, int64_t count, int64_t expert_count) {
+  const auto [low, high] = std::minmax_element(experts, experts + count);
+  throw std::out_of_range("kt_sft: top_k_index holds " + std::to_string(*low < 0 ? *low : *high) + "; valid are 0 to " +
+                          std::to_string(expert_count - 1) + ", and " + std::to_string(expert_count) +
+                          " for no expert");
+}
+
+}  // namespace
 
 std::vector<int64_t> CountRows(const int64_t* experts, int64_t count, int64_t expert_count) {
   std::vector<int64_t> rows(static_cast<size_t>(expert_count) + 1, 0);
   for (int64_t i = 0; i < count; ++i) {
-    if (experts[i] < 0 || experts[i] > expert_count) throw std::out_of_range("an expert index is out of range");
+    if (experts[i] < 0 || experts[i] > expert_count) ThrowOutOfRange(experts, count, expert_count);
     ++rows[static_cast<size_t>(experts[i])];
   }
   return rows;

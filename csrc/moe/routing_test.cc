@@ -1,6 +1,7 @@
 #include "moe/routing.h"
 
 #include <stdexcept>
+#include <string>
 
 #include "testing.h"
 
@@ -60,6 +61,25 @@ TEST(IndicesOutOfRangeAreRefused) {
   for (const int64_t bad : {int64_t{-1}, int64_t{5}}) {
     CHECK_THROWS(SortByExpert(&bad, &weight, 1, 1, 4), std::out_of_range);
   }
+}
+
+std::string RefusalOf(const std::vector<int64_t>& experts) {
+  try {
+    CountRows(experts.data(), static_cast<int64_t>(experts.size()), 4);
+  } catch (const std::out_of_range& error) {
+    return error.what();
+  }
+  return "";
+}
+
+TEST(ARefusalNamesTheSmallestIndexBelowZeroElseTheLargest) {
+  const auto refusal = [](const std::string& index) {
+    return "kt_sft: top_k_index holds " + index + "; valid are 0 to 3, and 4 for no expert";
+  };
+  CHECK(RefusalOf({0, 4, 3}).empty());
+  CHECK(RefusalOf({0, 5, 4}) == refusal("5"));
+  CHECK(RefusalOf({7, 1, 5, 9, 2}) == refusal("9"));
+  CHECK(RefusalOf({7, -1, 2, -3, 0}) == refusal("-3"));
 }
 
 }  // namespace

@@ -4,7 +4,8 @@
 #include <random>
 #include <vector>
 
-#include "moe/engine.h"
+#include "moe/layer.h"
+#include "moe/pass.h"
 #include "testing.h"
 
 namespace kt {
@@ -12,10 +13,13 @@ namespace kt {
 struct Layer {
   static constexpr int64_t kExperts = 4, kHidden = 24, kIntermediate = 16;
 
-  Layer() : layer({kExperts, kHidden, kIntermediate, Activation::kSilu, true, Format::kBf16}) {
+  explicit Layer(bool gated = true)
+      : layer(
+            {kExperts, kHidden, kIntermediate, gated ? Activation::kSilu : Activation::kRelu2, gated, Format::kBf16}) {
     std::mt19937 random(6);
     for (int m = 0; m < kMatrixCount; ++m) {
       const Matrix matrix = static_cast<Matrix>(m);
+      if (matrix == Matrix::kGate && !gated) continue;
       for (int64_t e = 0; e < kExperts; ++e) {
         const std::vector<float> values = testing::RandomFloats(kHidden * kIntermediate, 0.2F, random);
         layer.Write(matrix, e, {values.data(), DType::kF32, layer.columns(matrix), 1});
@@ -27,9 +31,9 @@ struct Layer {
 
 // The data of one call, its sizes varying with `seed`.
 struct Work {
-  Work(const Layer& layer, int seed) {
+  Work(const Layer& layer, int seed) : Work(layer, seed, 1 + seed % 37) {}
+  Work(const Layer& layer, int seed, int64_t tokens) : tokens(tokens) {
     std::mt19937 random(static_cast<uint32_t>(seed));
-    tokens = 1 + seed % 37;
     x = testing::RandomFloats(tokens * Layer::kHidden, 1.0F, random);
     y.resize(x.size());
     dx.resize(x.size());

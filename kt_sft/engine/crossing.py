@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import threading
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-#: Seconds between two looks whether the thread that submits is still there.
-_LOOK = 1.0
+from kt_sft.engine.ticket import Ticket
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,46 +24,6 @@ class Place:
     shape: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
-
-
-class Submission:
-    """A pass on its way to the engine. Thread-safe.
-
-    Args:
-        check: Called from time to time while somebody waits; raises where nobody is left who would submit.
-    """
-
-    def __init__(self, check: Callable[[], None] = lambda: None) -> None:
-        self._check = check
-        self._is_over = threading.Event()
-        self._ticket: Any = None
-        self._error: BaseException | None = None
-
-    def run(self, job: Callable[[], Any]) -> None:
-        """Calls what submits, and keeps what it gives or raises for whoever asks."""
-        try:
-            self._ticket = job()
-        except BaseException as error:
-            self._error = error
-        self._is_over.set()
-
-    def fail(self, error: BaseException) -> None:
-        """Tells whoever asks that there will be no ticket."""
-        self._error = error
-        self._is_over.set()
-
-    def ticket(self) -> Any:
-        """The engine's ticket, once there is one; None where there was nothing to compute.
-
-        Raises:
-            Exception: What submitting raised.
-            EngineError: The thread that should submit is not there any more.
-        """
-        while not self._is_over.wait(_LOOK):
-            self._check()
-        if self._error is not None:
-            raise self._error
-        return self._ticket
 
 
 class Crossing(Protocol):
@@ -81,23 +39,36 @@ class Crossing(Protocol):
 
     @property
     def sources(self) -> Sequence[Tensor]:
-        """What the pass reads, contiguous and on the CPU; filled when `submit` calls its job."""
+        """What the pass reads, contiguous and on the CPU; filled when the engine begins."""
 
     @property
     def results(self) -> Sequence[Tensor]:
         """What the engine writes, contiguous and on the CPU."""
 
-    def submit(self, job: Callable[[], Any]) -> Submission:
-        """Calls `job` when the sources have arrived, maybe on another thread. It gives the engine's ticket."""
+    @property
+    def kept(self) -> Sequence[tuple[int, int, int]]:
+        """What the engine is to copy when results are there, for `keep`: (to, from, bytes)."""
 
     def keep(self, tensor: Tensor) -> Tensor:
-        """A source or a result to be kept for longer than the crossing lasts."""
+        """A source or a result for longer than the crossing lasts; filled when the pass is done."""
 
-    def deliver(self, results: Sequence[Tensor]) -> list[Tensor]:
-        """Takes the results to their places, and ends the crossing.
+    def start(self, ticket: Ticket) -> None:
+        """Lets the engine begin as soon as the sources have arrived.
+
+        Raises:
+            EngineError: The engine has stopped.
+        """
+
+    def finish(self, ticket: Ticket, around: int) -> list[Tensor]:
+        """The results at their places; ends the crossing.
 
         Args:
-            results: `self.results`, once the engine is done with them, or others like them.
+            ticket: That was started.
+            around: The backward within which the forward ran, as one of a checkpointed piece does; -1: within none.
+
+        Raises:
+            EngineError: The pass failed, or the engine has stopped; or so did one before it.
+            IndexError: As the engine raises it.
         """
 
 
@@ -108,6 +79,8 @@ class Direct:
         sources: What the pass reads, and the dtype that the engine takes.
         places: Of its results.
     """
+
+    kept: Sequence[tuple[int, int, int]] = ()
 
     def __init__(self, sources: Sequence[tuple[Tensor, torch.dtype]], places: Sequence[Place]) -> None:
         self.sources: Sequence[Tensor] = [t.detach().to("cpu", dtype).contiguous() for t, dtype in sources]
@@ -124,29 +97,31 @@ class Direct:
         """The tensors."""
         return self.sources, self.results
 
-    def submit(self, job: Callable[[], Any]) -> Submission:
-        """Calls `job` now, and raises what it raises."""
-        submission = Submission()
-        ticket = job()
-        submission.run(lambda: ticket)
-        return submission
-
     def keep(self, tensor: Tensor) -> Tensor:
         """The tensor itself."""
         return tensor
 
-    def deliver(self, results: Sequence[Tensor]) -> list[Tensor]:
+    def start(self, ticket: Ticket) -> None:
+        """Starts it now."""
+        ticket.start()
+
+    def finish(self, ticket: Ticket, around: int) -> list[Tensor]:
         """The results themselves, where their place is the CPU."""
-        return [result.to(place.device) for result, place in zip(results, self._places, strict=True)]
+        ticket.wait()
+        return [result.to(place.device) for result, place in zip(self.results, self._places, strict=True)]
 
 
-def cross(device: torch.device, sources: Sequence[tuple[Tensor, torch.dtype]], places: Sequence[Place]) -> Crossing:
+def cross(
+    device: torch.device, sources: Sequence[tuple[Tensor, torch.dtype]], places: Sequence[Place], *, in_stream: bool
+) -> Crossing:
     """Begins to take tensors to the engine.
 
     Args:
         device: Where the pass's main tensor is; others may be elsewhere.
         sources: What the pass reads, and the dtypes that the engine takes.
         places: Of its results.
+        in_stream: Whether a device that can may wait for the results by itself, so that a failure shows later: at the
+            end of a backward, at the latest.
     """
     if device.type in ("cpu", "meta"):
         return Direct(sources, places)
@@ -154,4 +129,4 @@ def cross(device: torch.device, sources: Sequence[tuple[Tensor, torch.dtype]], p
     from kt_sft.offload.transfers import transfers_of
 
     near = [(t if t.device in (device, torch.device("cpu")) else t.to(device), dtype) for t, dtype in sources]
-    return transfers_of(device).cross(near, places)
+    return transfers_of(device).cross(near, places, in_stream=in_stream)

@@ -6,7 +6,7 @@ Times are seconds of `time.monotonic()`, which is also the engine's own clock.
 from __future__ import annotations
 
 import dataclasses
-import time
+import threading
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ class EnginePass:
     submitted: float
     started: float  # by the engine
     finished: float
-    awaited: float  # a thread began to wait for it
+    awaited: float  # a thread, or the accelerator, began to wait for it
     returned: float  # and went on
 
     @property
@@ -33,12 +33,12 @@ class EnginePass:
 
     @property
     def waiting(self) -> float:
-        """A thread blocked until the result was there."""
+        """A thread, or the accelerator, blocked until the result was there."""
         return self.returned - self.awaited
 
     @property
     def hidden(self) -> float:
-        """The engine at work while no thread was blocked for the result."""
+        """The engine at work while neither a thread nor the accelerator was blocked for the result."""
         blocked = min(self.finished, self.returned) - max(self.started, self.awaited)
         return self.seconds - max(0.0, blocked)
 
@@ -57,43 +57,32 @@ class Meter:
         self._flops_per_row, self._flops_to_recompute = flops_per_row, flops_to_recompute
         self._passes: list[EnginePass] = []
         self._loads: list[Tensor] = []
+        self._lock = threading.Lock()
 
-    def wait(
-        self,
-        ticket: Any,
-        submitted: float,
-        idx_TK: Tensor,
-        *,
-        asked: float,
-        is_backward: bool = False,
-        recomputes: bool = False,
-    ) -> None:
-        """Waits for a ticket of a pass over tokens routed by `idx_TK`, and notes it.
+    def note(self, ticket: Any, idx_TK: Tensor, awaited: float, returned: float, *, is_backward: bool) -> None:
+        """Notes a pass that is done.
 
-        `asked` is when this thread began to wait: maybe before the tokens, on their way from a device, were submitted.
+        Args:
+            ticket: The native engine's.
+            idx_TK: Its routing.
+            awaited: When somebody, or the accelerator, began to wait for it; maybe before it was submitted.
+            returned: When they went on.
+            is_backward: Its direction.
         """
-        awaited = max(asked, submitted)
-        ticket.wait()
-        returned = time.monotonic()
         started, finished = ticket.span
         load_E = torch.bincount(idx_TK.flatten(), minlength=self._num_experts + 1)[: self._num_experts]
-        flops = float(load_E.sum()) * (self._flops_per_row + (self._flops_to_recompute if recomputes else 0.0))
-        if not is_backward:
-            self._loads.append(load_E)
-        self._passes.append(
-            EnginePass(is_backward, idx_TK.shape[0], flops, submitted, started, finished, awaited, returned)
-        )
+        flops = float(load_E.sum()) * (self._flops_per_row + (self._flops_to_recompute if ticket.recomputed else 0.0))
+        awaited = max(awaited, ticket.submitted)
+        with self._lock:
+            if not is_backward:
+                self._loads.append(load_E)
+            self._passes.append(
+                EnginePass(is_backward, idx_TK.shape[0], flops, ticket.submitted, started, finished, awaited, returned)
+            )
 
     def take(self) -> tuple[list[EnginePass], Tensor]:
         """What was noted since the last time: the passes, and the rows of each expert in forward, [E] int64."""
-        passes, self._passes = self._passes, []
-        loads, self._loads = self._loads, []
+        with self._lock:
+            passes, self._passes = self._passes, []
+            loads, self._loads = self._loads, []
         return passes, sum(loads, torch.zeros(self._num_experts, dtype=torch.int64, device="cpu"))
-
-
-def wait(meter: Meter | None, ticket: Any, submitted: float, idx_TK: Tensor, **what: Any) -> None:
-    """Waits for a ticket, as `Meter.wait` where there is a meter."""
-    if meter is None:
-        ticket.wait()
-    else:
-        meter.wait(ticket, submitted, idx_TK, **what)

@@ -41,14 +41,14 @@ class Retained:
         self.pre_SI: Tensor | None = pre_SI
         self._routing = idx_TK, w_TK
 
-    def of(self, idx_TK: Tensor, w_TK: Tensor) -> Tensor | None:
-        """The pre-activations, if they are still there and of that routing.
+    @property
+    def routing(self) -> tuple[Tensor, Tensor]:
+        """Of what they are the pre-activations: experts and weights, [T, K] both.
 
-        torch's own checkpointing hands backward what the second call has computed. Should that have been routed
-        otherwise, all of it counts, and pre-activations are computed again.
+        Checkpointing hands backward what the second call has computed. Should that have been routed otherwise, all of
+        it counts: the engine compares, and computes pre-activations again.
         """
-        same = torch.equal(idx_TK, self._routing[0]) and torch.equal(w_TK, self._routing[1])
-        return self.pre_SI if same else None
+        return self._routing
 
     def give_up(self) -> None:
         """Lets go of the memory; backward computes pre-activations again."""
@@ -167,38 +167,26 @@ def limit_of(retained_mb: int | None) -> int:
 class CallKey:
     """What tells whether a call of a layer is the same as one before, to the bit.
 
-    Hidden states are known by the sums of their bit patterns, of every token and of every column: what adds up to the
-    same in both has not come about by chance. To keep them would take as much memory again as the output.
+    Of `facts` that is known when it is prepared. Tokens may be on their way then: the engine compares them and their
+    routing when they are there, hidden states by a digest of each token. To keep them would take as much memory again
+    as the output.
     """
 
-    dtype: torch.dtype
-    x_sums: tuple[Tensor, Tensor]
+    facts: tuple[Any, ...]  # dtype, shape, and whatever else the result depends on, to be compared by `==`
+    digests_T: Tensor  # int64, written by the engine
     idx_TK: Tensor
     w_TK: Tensor
-    settings: tuple[Any, ...]
 
     @classmethod
     def of(cls, x_TH: Tensor, idx_TK: Tensor, w_TK: Tensor, *settings: Any) -> CallKey:
-        """Of tensors on the CPU, and whatever else the result depends on, to be compared by `==`."""
-        if x_TH.storage_offset() * x_TH.element_size() % 8:
-            x_TH = x_TH.clone()  # to an address where the largest integers may lie
-        # In the largest pieces, as this reads all hidden states.
-        rest = torch.int32 if x_TH.dtype == torch.float32 else torch.int16
-        bits = x_TH.view(rest if x_TH.shape[1] * x_TH.element_size() % 8 else torch.int64)
-        sums = bits.sum(1, dtype=torch.int64), bits.sum(0, dtype=torch.int64)
-        return cls(x_TH.dtype, sums, idx_TK, w_TK, settings)
+        """Of tensors on the CPU, which need not be filled yet."""
+        digests_T = torch.empty(x_TH.shape[0], dtype=torch.int64, device="cpu")
+        return cls((x_TH.dtype, x_TH.shape, idx_TK.shape, *settings), digests_T, idx_TK, w_TK)
 
-    def matches(self, other: CallKey) -> bool:
-        """Whether both are of the same call."""
-        return (
-            self.dtype == other.dtype
-            and all(torch.equal(mine, theirs) for mine, theirs in zip(self.x_sums, other.x_sums, strict=True))
-            and all(
-                mine is theirs or mine == theirs for mine, theirs in zip(self.settings, other.settings, strict=True)
-            )
-            and torch.equal(self.idx_TK, other.idx_TK)
-            and torch.equal(self.w_TK, other.w_TK)
-        )
+    @property
+    def native(self) -> tuple[int, int, int]:
+        """As the native engine takes it; the tensors must be kept alive."""
+        return self.digests_T.data_ptr(), self.idx_TK.data_ptr(), self.w_TK.data_ptr()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,6 +197,12 @@ class Result:
     y_TH: Tensor
     version: int
     retained: Retained | None
+    completion: Any  # the native engine's, of the call: all of this is there when it is done
+
+    @property
+    def native(self) -> tuple[Any, ...]:
+        """As the native engine takes it; the tensors must be kept alive."""
+        return self.completion, *self.key.native, self.y_TH.data_ptr()
 
 
 class _Results:
@@ -226,7 +220,7 @@ class _Results:
         result = results.pop(0) if results else None
         if result is None:
             return None
-        if not result.key.matches(key):
+        if result.key.facts != key.facts:
             if result.retained is not None:
                 result.retained.give_up()  # the first call is void: backward is over the second
             return None
@@ -305,6 +299,6 @@ def remember(layer: Any, result: Result) -> None:
 
 
 def recall(layer: Any, key: CallKey) -> Result | None:
-    """The result of the same call in the first call of the piece; None if there is none."""
+    """The result of what may be the same call in the first call of the piece; None if there is none."""
     results = _RESULTS.get()
     return None if results is None or results.is_first else results.take(layer, key)

@@ -6,7 +6,6 @@ others use a simulated device with the same interface.
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -15,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from kt_sft.offload.host_functions import Signal, handle_of, host_functions_of
+from kt_sft.offload.driver import driver_of, handle_of
 
 #: Seconds between two looks at an event. torch's own wait spins, and would take a CPU from the engine; a layer takes
 #: some milliseconds.
@@ -43,11 +42,25 @@ class Accelerator(Protocol):
     def on(self, stream: Any) -> AbstractContextManager[None]:
         """Within, this thread's work on the device goes to `stream`."""
 
-    def record(self, stream: Any) -> Any:
-        """An event that completes when all that is in `stream` now is done."""
+    def record(self, stream: Any, *, timed: bool = False) -> Any:
+        """An event that completes when all that is in `stream` now is done; `timed` where `seconds` needs it."""
 
-    def record_for_host(self, stream: Any) -> Any:
-        """The same, for a thread of the host that is going to `synchronize`."""
+    def seconds(self, first: Any, second: Any) -> float:
+        """From one timed event to another; both have completed."""
+
+    def call(self, stream: Any, function: int, argument: int) -> bool:
+        """Has a C function called, by any thread, when all that is in `stream` now is done.
+
+        Returns:
+            False where the device's driver calls none.
+        """
+
+    def wait_for_value(self, stream: Any, address: int, value: int) -> bool:
+        """What is put into `stream` from now on runs after a word of pinned memory is `value`, or ahead of it.
+
+        Returns:
+            False where the device's driver does not wait for memory.
+        """
 
     def wait(self, stream: Any, event: Any) -> None:
         """What is put into `stream` from now on runs after `event`."""
@@ -74,23 +87,15 @@ class Accelerator(Protocol):
         """Gives pinned memory that nobody uses back to the system."""
 
 
-@dataclasses.dataclass(frozen=True)
-class HostEvent:
-    """An event, and the signal that a stream sets when it completes."""
-
-    event: Any
-    signal: Signal
-
-
 class TorchAccelerator:
     """A device that torch knows: CUDA, ROCm, XPU, NPU.
 
-    Everything goes through what torch offers for all of them, but for functions of the host (host_functions.py).
+    Everything goes through what torch offers for all of them, but for two things of its driver (driver.py).
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.host_functions = host_functions_of(device)
+        self.driver = driver_of(device)
 
     def use(self) -> None:
         """As in `Accelerator`."""
@@ -129,15 +134,31 @@ class TorchAccelerator:
             torch.accelerator.set_stream(previous)
             torch.accelerator.set_device_index(index)
 
-    def record(self, stream: torch.Stream) -> torch.Event:
+    def record(self, stream: torch.Stream, *, timed: bool = False) -> torch.Event:
         """As in `Accelerator`."""
-        return stream.record_event()
+        if not timed:
+            return stream.record_event()
+        event = torch.Event(self.device, enable_timing=True)
+        event.record(stream)
+        return event
 
-    def record_for_host(self, stream: torch.Stream) -> torch.Event | HostEvent:
+    def seconds(self, first: torch.Event, second: torch.Event) -> float:
         """As in `Accelerator`."""
-        event = self.record(stream)
-        signal = None if self.host_functions is None else self.host_functions.signal(handle_of(stream))
-        return event if signal is None else HostEvent(event, signal)
+        return first.elapsed_time(second) / 1e3
+
+    def call(self, stream: torch.Stream, function: int, argument: int) -> bool:
+        """As in `Accelerator`."""
+        if self.driver is None:
+            return False
+        with self.on(stream):  # the driver works for the current device
+            return self.driver.call(handle_of(stream), function, argument)
+
+    def wait_for_value(self, stream: torch.Stream, address: int, value: int) -> bool:
+        """As in `Accelerator`."""
+        if self.driver is None or not self.driver.waits:
+            return False
+        with self.on(stream):
+            return self.driver.wait_for_value(handle_of(stream), address, value)
 
     def wait(self, stream: torch.Stream, event: torch.Event) -> None:
         """As in `Accelerator`."""
@@ -147,12 +168,8 @@ class TorchAccelerator:
         """As in `Accelerator`."""
         return event.query()
 
-    def synchronize(self, event: torch.Event | HostEvent) -> None:
+    def synchronize(self, event: torch.Event) -> None:
         """As in `Accelerator`."""
-        if isinstance(event, HostEvent):
-            assert self.host_functions is not None
-            self.host_functions.wait(event.signal, event.event.query)
-            return
         while not event.query():
             time.sleep(_LOOK)
 

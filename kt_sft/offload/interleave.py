@@ -133,7 +133,7 @@ class Interleaver:
         each begins when those before it have submitted their first experts.
 
         Raises:
-            BaseException: What a function raised; the others have been stopped, and the engine works for none of them.
+            BaseException: What a function raised; the others have been stopped, and nothing more is submitted for them.
         """
         turns = _Turns(len(functions))
         stream = None if self._device.type == "cpu" else torch.accelerator.current_stream()

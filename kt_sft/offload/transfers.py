@@ -1,14 +1,18 @@
 """A pass's tensors on their way from an accelerator to the engine and back, beside everything else that both do.
 
-Tokens go into pinned memory on a stream of their own, behind the work that computes them. A thread waits for them
-there and hands them to the engine, so that the thread that runs the model goes on at once. Results go back on another
-stream, and whoever uses them on the device waits for that stream there, not on the host. One stream for each direction:
-what comes from the device waits for what computes it, and would hold up results that are ready.
+Tokens go into pinned memory on a stream of their own, behind the work that computes them, and behind them a call of the
+function that starts the pass: the thread that runs the model goes on at once, and no Python is needed for the engine to
+begin. Results go back on another stream, which waits until they are there, and whoever uses them on the device waits
+for that stream there, not on the host. One stream for each direction: what comes from the device waits for what
+computes it, and would hold up results that are ready.
 
     model's stream   ... router ─┬─ shared experts, another micro-batch, ... ─────────┬─ goes on
     to the host                  └─ tokens ─┐                                         │
     engine                                  └─ forward or backward ─┐                 │
     to the device                                                   └─ results ───────┘
+
+Where the driver cannot let a stream wait for memory, or an error must show at once, the host waits for the results
+before it sends them. Where it cannot call a function, a thread waits for the tokens and starts the pass.
 
 A buffer of the ring holds all tensors of one pass; see ring.py for when it is used again.
 """
@@ -16,9 +20,10 @@ A buffer of the ring holds all tensors of one pass; see ring.py for when it is u
 from __future__ import annotations
 
 import atexit
-import contextvars
 import ctypes
+import functools
 import itertools
+import logging
 import math
 import os
 import queue
@@ -29,11 +34,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kt_sft.engine.crossing import Place, Submission
+from kt_sft.engine.crossing import Place
+from kt_sft.engine.ticket import Ticket
 from kt_sft.engine.watchdog import EngineError
 from kt_sft.offload.accelerator import Accelerator, TorchAccelerator
+from kt_sft.offload.outstanding import Awaited, Flags, Outstanding, waits_for_values
 from kt_sft.offload.ring import Buffer, PinnedRing
 
+_logger = logging.getLogger("kt_sft")
+
+_UNTRIED = object()
 #: Of a tensor in a buffer: a cache line, so that the engine's threads and the device share none.
 _ALIGNMENT = 64
 
@@ -43,7 +53,7 @@ _PATIENCE = 10.0
 
 
 class Submitter:
-    """A thread that waits for tokens to arrive and hands them to the engine, in the order in which they were sent.
+    """A thread that waits for tokens to arrive and starts their passes, in the order in which they were sent.
 
     Args:
         accelerator: Where they come from.
@@ -53,50 +63,43 @@ class Submitter:
         self._accelerator = accelerator
         self._posted: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._loop, name="kt_sft-submit", daemon=True)
-        # What it copies, it copies alone: an OpenMP pool of its own would take CPUs from the engine. torch notes the
-        # number for threads to come, too, so it is put back.
-        threads, self._is_alone = torch.get_num_threads(), threading.Event()
         self._thread.start()
-        self._is_alone.wait()
-        torch.set_num_threads(threads)
 
-    def post(self, arrived: Any, job: Callable[[], Any]) -> Submission:
-        """Calls `job` when the event `arrived` has completed, in this thread's context."""
-        submission = Submission(self._check)
-        context = contextvars.copy_context()
+    def post(self, arrived: Any, ticket: Ticket, start: Callable[[], None]) -> None:
+        """Calls `start`, which starts `ticket`, when the event `arrived` has completed."""
 
         def run() -> None:
             try:
                 self._accelerator.synchronize(arrived)
             except Exception as error:
-                submission.fail(error)
-                return
-            with torch.no_grad():
-                submission.run(lambda: context.run(job))
+                ticket.cancel(str(error))
+            else:
+                start()
 
         self._posted.put(run)
-        return submission
 
     def stop(self) -> None:
         """Ends the thread when it has done what was posted."""
         self._posted.put(None)
         self._thread.join(_PATIENCE)
 
-    def _loop(self) -> None:
-        torch.get_num_threads()  # a thread takes over the common number when it first needs one
-        torch.set_num_threads(1)
-        self._is_alone.set()
-        self._accelerator.use()
-        while (run := self._posted.get()) is not None:
-            run()
-            del run  # what it refers to must not live until the next one comes
+    def check(self) -> None:
+        """Raises where it does nothing any more.
 
-    def _check(self) -> None:
+        Raises:
+            EngineError: The thread is not there.
+        """
         if not self._thread.is_alive():
             raise EngineError(
                 "kt_sft: the thread that hands tokens to the expert engine is not there any more, as in a process that "
                 "is ending or was forked; end it and start again"
             )
+
+    def _loop(self) -> None:
+        self._accelerator.use()
+        while (run := self._posted.get()) is not None:
+            run()
+            del run  # what it refers to must not live until the next one comes
 
 
 class Transfers:
@@ -104,19 +107,58 @@ class Transfers:
 
     Args:
         accelerator: The device.
-        submitter: Waits for what has been sent to the host.
     """
 
-    def __init__(self, accelerator: Accelerator, submitter: Submitter | None = None) -> None:
+    def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
         self.ring = PinnedRing(accelerator)
         self.to_host = accelerator.new_stream()
         self.to_device = accelerator.new_stream()
-        self.submitter = submitter or Submitter(accelerator)
+        self.outstanding = Outstanding(accelerator)
+        self._flags: Flags | object | None = _UNTRIED
+        self._submitter: Submitter | None = None
+        self._lock = threading.Lock()
 
-    def cross(self, sources: Sequence[tuple[Tensor, torch.dtype]], places: Sequence[Place]) -> DeviceCrossing:
-        """As `kt_sft.engine.crossing.cross`, for what this thread computes on the device; returns at once."""
-        return DeviceCrossing(self, sources, places)
+    @property
+    def flags(self) -> Flags | None:
+        """What passes set when they are over; None where the device cannot wait for that. Tried on first use."""
+        with self._lock:
+            if self._flags is _UNTRIED:
+                flags = Flags(self.accelerator)
+                self._flags = flags if waits_for_values(self.accelerator, flags) else None
+                _logger.info(
+                    "the host waits for the expert engine: the accelerator does not wait for memory"
+                    if self._flags is None
+                    else "the accelerator waits for the expert engine by itself"
+                )
+            return self._flags  # type: ignore[return-value]
+
+    @property
+    def submitter(self) -> Submitter:
+        """Waits for what has been sent to the host, where the driver calls no functions; begins on first use."""
+        with self._lock:
+            if self._submitter is None:
+                self._submitter = Submitter(self.accelerator)
+            return self._submitter
+
+    def cross(
+        self, sources: Sequence[tuple[Tensor, torch.dtype]], places: Sequence[Place], *, in_stream: bool
+    ) -> DeviceCrossing:
+        """As `kt_sft.engine.crossing.cross`, for what this thread computes on the device; returns at once.
+
+        Raises:
+            EngineError: A pass that the device awaited has failed.
+            IndexError: Likewise.
+        """
+        self.outstanding.look()
+        return DeviceCrossing(self, sources, places, in_stream=in_stream)
+
+    def stop(self) -> None:
+        """Ends what is not over; logs what failed."""
+        self.outstanding.stop(_PATIENCE)
+        with self._lock:
+            if self._submitter is not None:
+                self._submitter.stop()
 
 
 class DeviceCrossing:
@@ -126,12 +168,18 @@ class DeviceCrossing:
         transfers: Of the device.
         sources: What the pass reads, on the device or the CPU, and the dtypes that the engine takes.
         places: Of its results; those on the CPU are written there by the engine itself.
+        in_stream: Whether the device may wait for them by itself.
     """
 
     is_copied = True
 
     def __init__(
-        self, transfers: Transfers, sources: Sequence[tuple[Tensor, torch.dtype]], places: Sequence[Place]
+        self,
+        transfers: Transfers,
+        sources: Sequence[tuple[Tensor, torch.dtype]],
+        places: Sequence[Place],
+        *,
+        in_stream: bool,
     ) -> None:
         self._transfers, self._places = transfers, places
         accelerator = transfers.accelerator
@@ -151,8 +199,16 @@ class DeviceCrossing:
         with accelerator.on(transfers.to_host):
             for target, source in zip(self.sources, converted, strict=True):
                 accelerator.copy(target, source)
-        self._arrived = accelerator.record_for_host(transfers.to_host)
-        self._sent: Sequence[Tensor] = converted  # nobody may write to their memory before they have arrived
+        # Nobody may write to their memory before they have arrived, and autograd does where nobody else has it.
+        self._sent: Sequence[Tensor] = converted
+        self.kept: list[tuple[int, int, int]] = []
+        # Results that stay on the CPU are read there next.
+        all_cross = all(target is not None for target in self._targets)
+        flags = transfers.flags if in_stream and all_cross else None
+        self._flag = None if flags is None else flags.take()
+        self._look: Callable[[], object] = lambda: None
+        self._begins: Any = None  # a timed event just before the pass is started, where it is metered
+        self._begun: Any = None  # an event after that
 
     def _lay_out(
         self, sources: Sequence[Tensor], places: Sequence[Place | None]
@@ -175,25 +231,63 @@ class DeviceCrossing:
         """The buffer, and results outside it."""
         return self._buffer, self.results
 
-    def submit(self, job: Callable[[], Any]) -> Submission:
-        """Calls `job` on the submitting thread when the sources have arrived; returns at once."""
-
-        def arrived() -> Any:
-            self._sent = ()
-            return job()
-
-        return self._transfers.submitter.post(self._arrived, arrived)
-
     def keep(self, tensor: Tensor) -> Tensor:
-        """A copy outside the ring's memory."""
-        return tensor.clone()
+        """A copy outside of the ring's memory, which the engine makes when results are there."""
+        copy = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+        self.kept.append((copy.data_ptr(), tensor.data_ptr(), copy.nbytes))
+        return copy
 
-    def deliver(self, results: Sequence[Tensor]) -> list[Tensor]:
-        """Puts the results' copies into their stream, lets the present one wait for them, and gives the buffer back."""
+    def start(self, ticket: Ticket) -> None:
+        """Has it started when the sources have arrived; returns at once."""
+        accelerator, to_host = self._transfers.accelerator, self._transfers.to_host
+        if self._flag is not None:
+            ticket.signal(*self._flag)
+            if ticket.is_metered:
+                self._begins = accelerator.record(to_host, timed=True)
+        function, argument = ticket.starter()
+        if not accelerator.call(to_host, function, argument):
+            submitter = self._transfers.submitter
+            start = functools.partial(ctypes.CFUNCTYPE(None, ctypes.c_void_p)(function), argument)
+            submitter.post(accelerator.record(to_host), ticket, start)
+            self._look = submitter.check
+            return
+        self._begun = accelerator.record(to_host)
+        self._look = functools.partial(accelerator.is_complete, self._begun)  # raises where the device has failed
+
+    def finish(self, ticket: Ticket, around: int) -> list[Tensor]:
+        """As in `Crossing`; the stream that is current now, and the one that was at first, wait for the results."""
+        if self._flag is not None and self._begun is not None:
+            # The driver does not know what a word of memory waits for, and must not put it before that.
+            self._transfers.accelerator.wait(self._transfers.to_device, self._begun)
+            if self._finish_in_stream(ticket, self._flag, around):
+                return self._delivered()
+        ticket.wait(self._look)
+        self._transfers.outstanding.settle()  # what was submitted before it is over, too
+        self._transfers.ring.give_back(self._buffer, self._send())
+        return self._delivered()
+
+    def _finish_in_stream(self, ticket: Ticket, flag: tuple[int, int], around: int) -> bool:
+        """False where the device does not wait, all at once."""
         accelerator, transfers = self._transfers.accelerator, self._transfers
-        for given, mine, target in zip(results, self.results, self._targets, strict=True):
-            if target is not None and given is not mine:
-                mine.copy_(given)
+        stream = accelerator.current_stream()
+        reached = accelerator.record(stream, timed=True) if ticket.is_metered else None
+        if not accelerator.wait_for_value(transfers.to_device, *flag):
+            return False
+        sent = self._send()
+        released = accelerator.record(stream, timed=True) if ticket.is_metered else None
+        ring, buffer, seconds_from = transfers.ring, self._buffer, functools.partial(accelerator.seconds, self._begins)
+
+        def end() -> None:
+            if released is not None:  # before the routing's memory goes
+                ticket.note(ticket.submitted + seconds_from(reached), ticket.submitted + seconds_from(released))
+            ring.give_back(buffer, sent)
+
+        transfers.outstanding.add(Awaited(ticket, self._look, end, released), around)
+        return True
+
+    def _send(self) -> Any:
+        """Puts the results' copies into their stream, and lets the present one wait for them; gives an event."""
+        accelerator, transfers = self._transfers.accelerator, self._transfers
         with accelerator.on(transfers.to_device):
             for mine, target in zip(self.results, self._targets, strict=True):
                 if target is not None:
@@ -206,11 +300,15 @@ class DeviceCrossing:
             for target in self._targets:
                 if target is not None:
                     accelerator.used_on(target, streams[0])
-        transfers.ring.give_back(self._buffer, sent)
-        return [
-            given if target is None else target.to(place.device)
-            for given, target, place in zip(results, self._targets, self._places, strict=True)
+        return sent
+
+    def _delivered(self) -> list[Tensor]:
+        delivered = [
+            result if target is None else target.to(place.device)
+            for result, target, place in zip(self.results, self._targets, self._places, strict=True)
         ]
+        self._sent, self._targets = (), []  # the streams are in order from here on
+        return delivered
 
 
 _transfers: dict[torch.device, Transfers] = {}
@@ -231,7 +329,7 @@ def _stop() -> None:
     # Before the engines go: this was registered after theirs.
     with _lock:
         for each in _transfers.values():
-            each.submitter.stop()
+            each.stop()
         _transfers.clear()
 
 

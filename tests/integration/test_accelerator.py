@@ -132,7 +132,7 @@ def test_shared_experts_overlap_by_default(family, tmp_path, monkeypatch):
     record_engine(monkeypatch, happened.append)
     plain = make(FAMILIES[family][0])
     plain.save_pretrained(tmp_path)
-    config = kt_sft.KTConfig()
+    config = kt_sft.KTConfig(await_in_stream=False)  # so that the host awaits, and the record shows when
     model = type(plain).from_pretrained(tmp_path, dtype=torch.float32, quantization_config=config, device_map="auto")
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and "shared" in name.rpartition(".")[0]:
@@ -152,7 +152,7 @@ def test_micro_batches_interleave(tiny_moe: Path, checkpointing: bool, monkeypat
     events: list[str] = []
     record_engine(monkeypatch, events.append)
     device = torch.accelerator.current_accelerator()
-    model = adapted(load(tiny_moe)).to(device).train()
+    model = adapted(load(tiny_moe, await_in_stream=False)).to(device).train()  # so that the host awaits
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": True})
         model.enable_input_require_grads()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +17,8 @@ from torch.utils.checkpoint import checkpoint
 import kt_sft
 from kt_sft.engine.operands import Factors, Term
 from kt_sft.engine.retention import in_pieces
-from kt_sft.offload.accelerator import HostEvent, TorchAccelerator
+from kt_sft.offload.accelerator import TorchAccelerator
+from kt_sft.offload.outstanding import _MOST, Flags, waits_for_values
 from kt_sft.offload.transfers import transfers_of
 
 pytestmark = [
@@ -148,7 +151,8 @@ def test_pinned_memory_is_what_passes_in_flight_need() -> None:
     # The largest pass is a backward: two tensors of tokens, and FP32 gradients of all four of the adapter's matrices.
     largest = 2 * 2 * T * H + 4 * sum(leaf.numel() for leaf in model.adapter) + 16 * T * K
     assert ring.lent == 0
-    assert ring.nbytes <= 2 * 2 * 2 * largest  # two in flight, as much again, rounded up to a power of two
+    # Those that the device awaits and two more in flight, as much again, rounded up to a power of two.
+    assert ring.nbytes <= (_MOST + 2) * 2 * 2 * largest
 
 
 def test_device_memory_does_not_grow() -> None:
@@ -160,16 +164,58 @@ def test_device_memory_does_not_grow() -> None:
     assert torch.accelerator.memory_allocated() <= before
 
 
-def test_the_driver_wakes_a_thread_of_the_host() -> None:
+def test_the_driver_calls_functions_and_waits_for_memory() -> None:
     if device().type != "cuda":
         pytest.skip("only the drivers of CUDA and ROCm call functions")
     accelerator = TorchAccelerator(device())
+    flags = Flags(accelerator)
+    called = ctypes.c_uint32(0)
+    note = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(lambda _: setattr(called, "value", 1))
+    address = ctypes.cast(note, ctypes.c_void_p).value
+    assert address is not None
     stream = accelerator.new_stream()
     with accelerator.on(stream):
         torch.cuda._sleep(50_000_000)  # cycles
-        event = accelerator.record_for_host(stream)
-    assert isinstance(event, HostEvent)
-    assert not event.signal.wait(0.0)
-    assert not event.event.query()
-    accelerator.synchronize(event)
-    assert event.event.query()
+        assert accelerator.call(stream, address, 0)
+        assert called.value == 0
+    accelerator.synchronize(accelerator.record(stream))
+    assert called.value == 1
+    if torch.version.hip is None:
+        assert waits_for_values(accelerator, flags)
+
+
+@pytest.mark.parametrize("policy", ["retain", "recompute"])
+def test_awaiting_in_the_stream_changes_no_bit(policy: str) -> None:
+    """Nor is it taken for granted: where the driver can, it is done."""
+    steps = [
+        on_cpu(Model(device(), torch.bfloat16, activation_policy=policy, await_in_stream=there).step())
+        for there in (True, False)
+    ]
+    for mine, theirs in zip(*steps, strict=True):
+        assert torch.equal(mine, theirs)
+    if device().type == "cuda" and torch.version.hip is None:
+        assert transfers_of(device()).flags is not None
+
+
+def test_python_runs_ahead_of_the_device() -> None:
+    model = Model(device(), torch.bfloat16)
+    expected = on_cpu(model.step())
+    if transfers_of(device()).flags is None:
+        pytest.skip("this device's driver does not wait for memory")
+    before = model.layers[0].engine.stats()["forward_calls"]
+    torch.cuda._sleep(2_000_000_000)  # about a second
+    output = model.forward(model.x, model.idx, model.w)
+    assert model.layers[0].engine.stats()["forward_calls"] == before
+    assert torch.equal(output.detach().cpu(), expected[0])
+
+
+def test_a_pass_that_fails_is_an_error_and_no_hang() -> None:
+    model = Model(device(), torch.bfloat16)
+    wrong = torch.full_like(model.idx, E + 5)
+    for _ in range(3):
+        with pytest.raises(IndexError, match=f"top_k_index holds {E + 5}"):
+            model.forward(model.x, wrong, model.w).sum().backward()
+        torch.accelerator.synchronize()
+        with contextlib.suppress(IndexError):  # of the passes after the first
+            transfers_of(device()).outstanding.settle()
+    assert all(value.isfinite().all() for value in model.step())

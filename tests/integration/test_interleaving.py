@@ -206,7 +206,7 @@ def test_an_error_in_one_surfaces_and_the_next_step_works(
                     raise MemoryError("no memory is left")
                 return function(**arguments)
 
-            return call if name == f"submit_{where}" else function
+            return call if name == f"prepare_{where}" else function
 
     last = [part for part in model.modules() if isinstance(part, kt_sft.CpuExperts)][-1]
     with monkeypatch.context() as patch:

@@ -98,7 +98,7 @@ libc = ctypes.CDLL(None)
 libc.signal.argtypes = [ctypes.c_int, ctypes.c_void_p]
 for number, handler in ((signal.SIGUSR1, libc.pause), (signal.SIGUSR2, libc.getpid)):
     libc.signal(number, ctypes.cast(handler, ctypes.c_void_p))
-looks, submitted = 6000, 0
+started = 0
 others = set(os.listdir("/proc/self/task"))
 engine = get_engine(1)
 (thread,) = map(int, set(os.listdir("/proc/self/task")) - others)
@@ -106,19 +106,21 @@ engine = get_engine(1)
 def send(number):
     assert libc.tgkill(os.getpid(), thread, number) == 0
 
-class Impatient:
+class Noted:
     def __init__(self, ticket):
-        global submitted
         self.ticket = ticket
-        submitted += 1
-    def wait(self):
-        self.ticket.wait(interval=0.01, looks=looks)
+    def start(self):
+        global started
+        self.ticket.start()
+        started += 1
+    def __getattr__(self, name):
+        return getattr(self.ticket, name)
 
 class Engine:
-    def submit_forward(self, **call):
-        return Impatient(engine.submit_forward(**call))
-    def submit_backward(self, **call):
-        return Impatient(engine.submit_backward(**call))
+    def prepare_forward(self, **call):
+        return Noted(engine.prepare_forward(**call))
+    def prepare_backward(self, **call):
+        return Noted(engine.prepare_backward(**call))
     def __getattr__(self, name):
         return getattr(engine, name)
 
@@ -139,12 +141,12 @@ for direction, function in (
     ("forward", lambda: layer(torch.ones(3, 6), idx, w)), ("backward", lambda: y.sum().backward())
 ):
     send(signal.SIGUSR1)
-    looks = 3
+    engine.set_patience(0.01, 3)
     print(said(function))
-    submitted = 0
-    print(said(function if direction == "forward" else lambda: layer(x, idx, w)), submitted)  # at once
+    started = 0
+    print(said(function if direction == "forward" else lambda: layer(x, idx, w)), started)  # at once
     gc.collect()
-    looks = 6000
+    engine.set_patience(0.01, 6000)
     while said(lambda: layer(torch.ones(3, 6), idx, w)) is not None:  # until it is awake
         send(signal.SIGUSR2)
     print(torch.equal(layer(torch.ones(3, 6), idx, w), expected))

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import kt_sft
-from kt_sft.engine.meter import EnginePass, Meter
+from kt_sft.engine.meter import EnginePass
 from kt_sft.offload.metrics import StepMetrics, layer_names, summary
 
 E, H, I, T, K = 4, 8, 6, 10, 2
@@ -79,14 +79,6 @@ class TestMeter:
             assert 0 <= each.hidden <= each.seconds
         assert forward.returned <= backward.submitted
         assert meter.take() == ([], pytest.approx(torch.zeros(E)))
-
-    def test_an_error_of_the_engine_is_passed_on(self) -> None:
-        class Failing:
-            def wait(self) -> None:
-                raise RuntimeError("the engine failed")
-
-        with pytest.raises(RuntimeError, match="the engine failed"):
-            Meter(E, 1.0, 1.0).wait(Failing(), 0.0, torch.zeros(1, 1, dtype=torch.long), asked=0.0)
 
 
 class TestStepMetrics:

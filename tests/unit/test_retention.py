@@ -316,26 +316,41 @@ def test_a_graph_can_be_walked_twice(kept: Retention) -> None:
 
 
 class TestCallKey:
-    idx, w = torch.tensor([[0], [1], [0]]), torch.rand(3, 1)
+    x, idx, w = torch.randn(3, 5), torch.tensor([[0], [1], [0]]), torch.rand(3, 1)
+
+    def key(self, *settings: Any, **changed: Tensor) -> CallKey:
+        tensors = {"x": self.x, "idx": self.idx, "w": self.w} | changed
+        return CallKey.of(*tensors.values(), *settings)
+
+    def test_what_is_known_before_tokens_are_there_is_compared(self) -> None:
+        same = self.key(None, Dropout())
+        assert same.facts == self.key(None, Dropout(), x=self.x + 1).facts  # which the engine tells
+        for other in (
+            self.key(None, Dropout(seed=1, below=1)),
+            self.key(object(), Dropout()),
+            self.key(None, Dropout(), x=self.x.to(torch.bfloat16)),
+            self.key(None, Dropout(), x=self.x[:2], idx=self.idx[:2], w=self.w[:2]),
+            self.key(None, Dropout(), idx=self.idx.expand(3, 2), w=self.w.expand(3, 2)),
+        ):
+            assert same.facts != other.facts
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-    @pytest.mark.parametrize("place", [slice(0, 3), slice(1, 3)])
-    def test_a_single_bit_is_told(self, dtype: torch.dtype, place: slice) -> None:
-        x = torch.randn(4, 3).to(dtype)[place]  # at any address, and of any length
-        key = CallKey.of(x, self.idx, self.w, None, Dropout())
-        assert key.matches(CallKey.of(x.clone(), self.idx.clone(), self.w.clone(), None, Dropout()))
-        assert x.is_contiguous()
-        for tokens, columns in (([1, 0], [0, 1, 2]), ([0, 1], [2, 1, 0])):
-            moved = x.clone()
-            moved[:2] = x[tokens][:, columns]
-            assert not key.matches(CallKey.of(moved, self.idx, self.w, None, Dropout()))
-        other = x.clone()
-        other[1, 2] = torch.nextafter(other[1, 2], torch.tensor(9.0, dtype=dtype))
-        assert not key.matches(CallKey.of(other, self.idx, self.w, None, Dropout()))
-        assert not key.matches(CallKey.of(x, self.idx + 1, self.w, None, Dropout()))
-        assert not key.matches(CallKey.of(x, self.idx, self.w * 2, None, Dropout()))
-        assert not key.matches(CallKey.of(x, self.idx, self.w, None, Dropout(seed=1, below=1)))
-        assert not key.matches(CallKey.of(x, self.idx, self.w, object(), Dropout()))
+    @pytest.mark.parametrize("columns", [3, 64])
+    def test_a_single_bit_is_told(self, dtype: torch.dtype, columns: int, kept: Retention) -> None:
+        weights = torch.randn(E, 2 * I, columns) / 4, torch.randn(E, columns, I) / 11
+        layer = kt_sft.CpuExperts.from_weights(*weights)
+        x = torch.randn(4, columns).to(dtype)[1:]  # at any address
+        bit = x.clone()
+        bit[1, 2] = torch.nextafter(bit[1, 2], torch.tensor(9.0, dtype=dtype))
+        for second, forwards_in_all in ((x.clone(), 1), (bit, 2), (x[[1, 0, 2]], 2), (x.flip(1), 2)):
+            values, before = iter((x, second)), forwards(layer)
+            leaf = torch.zeros((), requires_grad=True)
+
+            def function(leaf: Tensor, values: Any = values) -> Tensor:
+                return layer(next(values) + leaf.to(dtype), self.idx, self.w)
+
+            in_pieces(checkpoint)(function, leaf, use_reentrant=False).sum().backward()
+            assert forwards(layer) - before == forwards_in_all
 
 
 def test_a_piece_looks_like_the_partial_it_was_made_of() -> None:
