@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -40,6 +41,10 @@ class Factors:
         """r."""
         return self.a.shape[1]
 
+    def detached(self) -> Factors:
+        """The same values, part of no graph."""
+        return Factors(self.a.detach(), self.b.detach(), self.scale)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Term:
@@ -61,6 +66,12 @@ class Term:
     def tensors(self) -> tuple[Tensor, ...]:
         """A and B of gate and up, and of down."""
         return tuple(t for factors in (self.gate_up, self.down) if factors is not None for t in (factors.a, factors.b))
+
+    def detached(self) -> Term:
+        """The same values, part of no graph. A factor that two parts share stays one."""
+        parts = {id(part): part.detached() for part in (self.gate_up, self.down) if part is not None}
+        gate_up, down = (None if part is None else parts[id(part)] for part in (self.gate_up, self.down))
+        return Term(gate_up, down, self.dropout)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,27 +185,60 @@ def _parts(terms: Sequence[Term], part: int) -> Iterator[tuple[int, Factors]]:
             first += factors.rank
 
 
+@dataclasses.dataclass(frozen=True)
+class _Packed:
+    """Operands, and what they were made of. That is kept, or other tensors might come to lie at the same addresses."""
+
+    state: tuple[Any, ...]
+    operands: Operands
+    terms: list[Term]  # detached
+    is_trained: bool
+    sizes: tuple[tuple[int, int], tuple[int, int], int]
+
+    @classmethod
+    def of(cls, terms: Sequence[Term], is_trained: bool, *sizes: Any) -> _Packed:
+        state = _state(terms, is_trained)
+        return cls(state, pack(terms, *sizes), [term.detached() for term in terms], is_trained, sizes)
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether an optimizer has taken a step since, and the adapters lie on an accelerator."""
+        return self.is_trained and self.state[0] != _optimizer_steps().count and _is_far(self.terms)
+
+
 class OperandCache:
     """The operands of the last call, made anew only where the adapters have changed since.
 
     Autograd's counter tells of changes in place, an optimizer's step of those made past it through `.data`.
+
+    Copies from an accelerator make the host wait until it has come there. So all caches whose operands a step of an
+    optimizer has put behind are made anew with the first: then it has nothing else to do yet.
     """
 
     def __init__(self) -> None:
-        # (what they were made of, the operands, their sources) in one, as several threads may call a layer. Sources are
-        # kept, or other tensors might come to lie at the same addresses.
-        self._last: tuple[tuple[Any, ...], Operands, list[Tensor]] | None = None
+        self._last: _Packed | None = None  # in one, as several threads may call a layer
+        self._is_used = False  # since it was made anew for others
+        _caches.add(self)
 
     def operands(
         self, terms: Sequence[Term], gate_up_shape: tuple[int, int], down_shape: tuple[int, int], experts: int
     ) -> Operands:
         """As `pack` gives them, for the present values."""
-        key, last = _state(terms), self._last
-        if last is not None and last[0] == key:
-            return last[1]
-        operands = pack(terms, gate_up_shape, down_shape, experts)
-        self._last = key, operands, [tensor.detach() for term in terms for tensor in term.tensors]
-        return operands
+        self._is_used = True
+        is_trained, last = any(tensor.requires_grad for term in terms for tensor in term.tensors), self._last
+        if last is not None and last.state == _state(terms, is_trained):
+            return last.operands
+        packed = self._last = _Packed.of(terms, is_trained, gate_up_shape, down_shape, experts)
+        if last is not None and last.is_behind:
+            for cache in [*_caches]:
+                cache._renew()
+        return packed.operands
+
+    def _renew(self) -> None:
+        last = self._last
+        if last is not None and self._is_used and last.is_behind:
+            self._is_used = False
+            self._last = _Packed.of(last.terms, last.is_trained, *last.sizes)
 
     def clear(self) -> None:
         """Lets go of the operands and of what they were made of."""
@@ -204,14 +248,20 @@ class OperandCache:
         return OperandCache()
 
 
-def _state(terms: Sequence[Term]) -> tuple[Any, ...]:
+_caches: weakref.WeakSet[OperandCache] = weakref.WeakSet()
+
+
+def _is_far(terms: Sequence[Term]) -> bool:
+    return any(tensor.device.type != "cpu" for term in terms for tensor in term.tensors)
+
+
+def _state(terms: Sequence[Term], is_trained: bool) -> tuple[Any, ...]:
     tensors = [tensor for term in terms for tensor in term.tensors]
-    trained = any(tensor.requires_grad for tensor in tensors)
     places = [(t.data_ptr(), t.device, t.shape, t.stride(), _version(t)) for t in tensors]
     scales = [
         (part, factors.scale) for term in terms for part, factors in enumerate((term.gate_up, term.down)) if factors
     ]
-    return _optimizer_steps().count if trained else -1, *places, *scales
+    return _optimizer_steps().count if is_trained else -1, *places, *scales
 
 
 def _version(tensor: Tensor) -> object:

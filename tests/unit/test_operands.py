@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 
+from kt_sft.engine import operands as operands_module
 from kt_sft.engine.operands import Factors, OperandCache, Operands, Term, pack, split_gradients
 
 EXPERTS, HIDDEN, INTERMEDIATE = 2, 6, 4
@@ -95,6 +96,43 @@ class TestCache:
         assert torch.equal(self.operands(cache, louder).down_b, (adapter.down.b * 2).bfloat16())
         other = term(2)
         assert torch.equal(self.operands(cache, other).down_a, other.down.a.bfloat16())
+
+    def test_all_on_an_accelerator_are_renewed_with_the_first(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Those that the last step had used: later ones would wait for what the device was given meanwhile."""
+        monkeypatch.setattr(operands_module, "_is_far", lambda terms: True)
+        packed: list[int] = []
+        pack_them = operands_module.pack
+        monkeypatch.setattr(operands_module, "pack", lambda *given: packed.append(1) or pack_them(*given))
+        caches, adapters = [OperandCache() for _ in range(3)], [term(2) for _ in range(3)]
+        optimizer = torch.optim.SGD([tensor for each in adapters for tensor in each.tensors], lr=0.1)
+
+        def step(used: int) -> list[int]:
+            """How many were packed at each layer."""
+            counts = []
+            for cache, adapter in list(zip(caches, adapters, strict=True))[:used]:
+                packed.clear()
+                down_b = self.operands(cache, adapter).down_b
+                counts.append(len(packed))
+                assert torch.equal(down_b, adapter.down.b.bfloat16())
+            for tensor in optimizer.param_groups[0]["params"]:
+                tensor.grad = torch.ones_like(tensor)
+            optimizer.step()
+            return counts
+
+        assert step(3) == [1, 1, 1]
+        assert step(3) == [3, 0, 0]
+        assert step(2) == [3, 0]
+        assert step(3) == [2, 0, 1]  # the third was not used
+
+    def test_on_the_cpu_each_is_renewed_when_it_is_used(self) -> None:
+        caches, adapters = [OperandCache() for _ in range(2)], [term(2) for _ in range(2)]
+        optimizer = torch.optim.SGD([tensor for each in adapters for tensor in each.tensors], lr=0.1)
+        for cache, adapter in zip(caches, adapters, strict=True):
+            self.operands(cache, adapter)
+        before = caches[1]._last
+        optimizer.step()
+        self.operands(caches[0], adapters[0])
+        assert caches[1]._last is before
 
     def test_what_inference_mode_made_has_no_counter(self, cache: OperandCache) -> None:
         with torch.inference_mode():
