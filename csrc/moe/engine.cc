@@ -140,6 +140,7 @@ void Engine::RecallLoop() {
     const std::shared_ptr<Ticket> ticket = queue.recalling.ticket;
     const bool is_recalled = ticket->Recall();
     turns_.fetch_add(1);
+    if (is_recalled) ticket->Finish();  // before what was started later may run
     lock.lock();
     if (!is_recalled) {
       queue.recalling.may_be_recalled = false;
@@ -152,7 +153,6 @@ void Engine::RecallLoop() {
     queue.recalling = {};
     lock.unlock();
     queue.wake.notify_all();
-    if (is_recalled) ticket->Finish();
     lock.lock();
   }
 }

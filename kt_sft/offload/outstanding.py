@@ -130,9 +130,8 @@ class Outstanding:
         self._ending = threading.RLock()  # one thread ends passes: who finds none there must know that they are over
         self._lock = threading.RLock()  # a backward may be given up, by its last owner, while this thread is in here
         self._walks: set[int] = set()  # backwards at whose ends all is settled
-        self._failures: dict[
-            int, Exception
-        ] = {}  # of passes that another thread has ended, by the backward to raise in
+        # By the backward to raise them in, as another thread may have ended the pass.
+        self._failures: dict[int, Exception] = {}
 
     def __len__(self) -> int:
         return len(self._awaited)
